@@ -1,0 +1,41 @@
+# Two commands: 'make demo' shows what Kedge does, 'make test' tests it. 'make help' lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -X main.version=0.1.0-$(VERSION)
+BIN     := $(CURDIR)/bin/kedge
+GOTEST  := go test -race -timeout 14m
+
+.PHONY: help build demo test e2e lint docs bench clean packages
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+build: ## build bin/kedge
+	@mkdir -p bin
+	go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/kedge
+
+demo: build ## start a CA, get an SVID through the CSR API, show it, leave nothing behind
+	@test/demo.sh $(BIN)
+
+packages: ## install the Debian packages that the tests need, when that is possible
+	@test/packages.sh
+
+test: packages build ## everything that needs only Go and small Debian packages
+	KEDGE_BIN=$(BIN) $(GOTEST) ./...
+
+e2e: build ## against the real istio-agent and Istio's own client libraries
+	@test/istio/run.sh $(BIN)
+
+lint: ## formatting, vet, staticcheck, and that every page and generated file is up to date
+	@test/lint.sh
+
+docs: ## write docs/configuration.md anew from the comments in the code
+	go run ./cmd/kedge/config/gendocs
+
+bench: ## measurements; never part of the tests
+	go test -run '^$$' -bench . -benchtime 2s ./ca/...
+
+clean: ## remove what was built
+	rm -rf bin

@@ -1,0 +1,189 @@
+package ca
+
+import (
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"kedge/ca/ledger"
+)
+
+// authority is a CA certificate of the ledger, parsed, with its key when it signs.
+type authority struct {
+	record   ledger.AuthorityRecord
+	cert     *x509.Certificate
+	chain    []*x509.Certificate // handed out with a leaf: own certificate first, root not included; empty for a root
+	chainPEM []string            // one PEM an element
+	hash     ledger.Hash         // of the chain
+	notAfter time.Time           // the earliest end in the chain and its root: nothing signed here may outlive it (I3)
+	key      crypto.Signer       // of the active issuing CA only
+}
+
+// loadAuthority parses a record. For an issuing CA, roots must hold its root.
+func loadAuthority(record ledger.AuthorityRecord, roots map[ledger.Hash]*x509.Certificate) (*authority, error) {
+	cert, err := x509.ParseCertificate(record.Certificate)
+	if err != nil {
+		return nil, fmt.Errorf("authority %s in the ledger: %w", record.ID, err)
+	}
+	a := &authority{record: record, cert: cert, notAfter: cert.NotAfter}
+	if record.Role == ledger.RoleRoot {
+		return a, nil
+	}
+	for _, der := range record.Chain {
+		link, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("chain of authority %s in the ledger: %w", record.ID, err)
+		}
+		a.chain = append(a.chain, link)
+		a.chainPEM = append(a.chainPEM, encodePEM(der))
+		a.notAfter = earlier(a.notAfter, link.NotAfter)
+	}
+	root, ok := roots[record.Root]
+	if !ok {
+		return nil, fmt.Errorf("authority %s in the ledger chains to the root %s, which the ledger does not have", record.ID, record.Root)
+	}
+	a.notAfter = earlier(a.notAfter, root.NotAfter)
+	a.hash = ledger.ChainHash(record.Chain)
+	return a, nil
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// openKey fetches the authority's key and makes sure that it is the one that was certified.
+func (a *authority) openKey(ctx context.Context, keys KeyStore) error {
+	key, err := keys.Open(ctx, a.record.KeyRef)
+	if err != nil {
+		return fmt.Errorf("opening the key %q of the issuing CA %s: %w", a.record.KeyRef, a.short(), err)
+	}
+	if err := sameKey(key.Public(), a.cert); err != nil {
+		return fmt.Errorf("the key %q of the issuing CA %s: %w", a.record.KeyRef, a.short(), err)
+	}
+	a.key = key
+	return nil
+}
+
+// short names the authority in logs and errors: the first eight octets of its id.
+func (a *authority) short() string { return a.record.ID.String()[:16] }
+
+// halfLife is when a successor is due: half of the certificate's life.
+func (a *authority) halfLife() time.Time {
+	return a.cert.NotBefore.Add(a.notAfter.Sub(a.cert.NotBefore) / 2)
+}
+
+func sameKey(pub crypto.PublicKey, cert *x509.Certificate) error {
+	comparable, ok := pub.(interface{ Equal(crypto.PublicKey) bool })
+	if !ok || !comparable.Equal(cert.PublicKey) {
+		return fmt.Errorf("the public key (%T) is not the one in the certificate of %s", pub, cert.Subject)
+	}
+	return nil
+}
+
+// checkRoot makes sure that a root may be trusted by this CA's verifiers (RFC 5280 4.2.1.9, X509-SVID 3.2, 4.1–4.3).
+func checkRoot(root *x509.Certificate, td spiffeid.TrustDomain, now time.Time) error {
+	switch {
+	case !root.BasicConstraintsValid || !root.IsCA:
+		return errors.New("it is not a CA certificate (basicConstraints cA is not true)")
+	case root.KeyUsage&x509.KeyUsageCertSign == 0:
+		return errors.New("its keyUsage does not allow keyCertSign")
+	case root.MaxPathLen == 0 && root.MaxPathLenZero:
+		return errors.New("its path length constraint of 0 allows no issuing CA below it")
+	case now.After(root.NotAfter):
+		return fmt.Errorf("it expired at %s", root.NotAfter.Format(time.RFC3339))
+	case now.Before(root.NotBefore):
+		return fmt.Errorf("it is valid only from %s on, and this machine's clock says %s", root.NotBefore.Format(time.RFC3339), now.Format(time.RFC3339))
+	}
+	return checkCAID(root, td)
+}
+
+// checkCAID allows a CA certificate no URI SAN, or the trust domain's own ID (X509-SVID 3.1).
+func checkCAID(cert *x509.Certificate, td spiffeid.TrustDomain) error {
+	if len(cert.URIs) == 0 {
+		return nil
+	}
+	if len(cert.URIs) > 1 || cert.URIs[0].String() != td.IDString() {
+		return fmt.Errorf("its URI SAN is %v: a CA of the trust domain %s has %s or none", cert.URIs, td, td.IDString())
+	}
+	return nil
+}
+
+// checkIssuing makes sure of everything about the certificate of an issuing CA that a Root returned, before anything is
+// signed with its key: which key, what for, how long, under which root.
+func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request CertifyRequest, td spiffeid.TrustDomain) (*x509.Certificate, error) {
+	if len(chain) == 0 {
+		return nil, errors.New("the root returned no certificate")
+	}
+	cert := chain[0]
+	if err := sameKey(request.PublicKey, cert); err != nil {
+		return nil, err
+	}
+	switch {
+	case !cert.BasicConstraintsValid || !cert.IsCA:
+		return nil, errors.New("the root returned a certificate that is not a CA (basicConstraints cA is not true)")
+	case cert.MaxPathLen != 0 || !cert.MaxPathLenZero:
+		return nil, errors.New("the root returned a CA certificate without the path length constraint 0: it could make further CAs")
+	case cert.KeyUsage&x509.KeyUsageCertSign == 0 || cert.KeyUsage&x509.KeyUsageCRLSign == 0:
+		return nil, errors.New("the root returned a CA certificate whose keyUsage lacks keyCertSign or cRLSign")
+	case len(cert.SubjectKeyId) == 0:
+		return nil, errors.New("the root returned a CA certificate without a subject key identifier (RFC 5280 4.2.1.2)")
+	case cert.NotAfter.After(request.NotAfter.Add(time.Second)):
+		return nil, fmt.Errorf("the root returned a certificate that is valid until %s, longer than the %s that were asked for",
+			cert.NotAfter.Format(time.RFC3339), request.NotAfter.Format(time.RFC3339))
+	}
+	if err := checkCAID(cert, td); err != nil {
+		return nil, err
+	}
+	pool, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	for _, root := range roots {
+		pool.AddCert(root)
+	}
+	for _, link := range chain[1:] {
+		intermediates.AddCert(link)
+	}
+	paths, err := cert.Verify(x509.VerifyOptions{Roots: pool, Intermediates: intermediates, CurrentTime: cert.NotBefore.Add(time.Second),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	if err != nil {
+		return nil, fmt.Errorf("the chain that the root returned does not lead to it: %w", err)
+	}
+	for _, path := range paths {
+		if sameChain(path[:len(path)-1], chain) {
+			root := path[len(path)-1]
+			for i, link := range path[1:] {
+				if path[i].NotAfter.After(link.NotAfter) {
+					return nil, fmt.Errorf("the chain that the root returned has a certificate (%s) that outlives its issuer (%s)",
+						path[i].NotAfter.Format(time.RFC3339), link.NotAfter.Format(time.RFC3339))
+				}
+			}
+			return root, nil
+		}
+	}
+	return nil, errors.New("the chain that the root returned is not in order, or holds certificates that do not belong to it")
+}
+
+func sameChain(a, b []*x509.Certificate) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if !a[i].Equal(b[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+// AuthorityID names an authority by its certificate.
+func AuthorityID(cert *x509.Certificate) ledger.Hash { return sha256.Sum256(cert.Raw) }
+
+// keyID names a key by its SubjectPublicKeyInfo.
+func keyID(cert *x509.Certificate) ledger.Hash { return sha256.Sum256(cert.RawSubjectPublicKeyInfo) }

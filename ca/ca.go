@@ -1,0 +1,290 @@
+package ca
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"kedge/ca/ledger"
+)
+
+// Options are what a CA is made of. All fields but OtherIssuers are required.
+type Options struct {
+	TrustDomain     spiffeid.TrustDomain
+	Ledger          *ledger.Ledger
+	Root            Root
+	RootCoverage    ledger.Coverage // what the ledger knows of the certificates under a root that it sees for the first time
+	Keys            KeyStore
+	Profiles        map[string]*Profile // by the name that a caller gives as CertSigner; "default" is there
+	IssuingLifetime time.Duration       // of an issuing CA; it is renewed at half of it
+	IssuingKey      KeySpec
+	OtherIssuers    []*x509.Certificate // issuing CAs of others whose client certificates count
+	Clock           Clock
+	Guarded         *GuardedClock
+	Logger          *slog.Logger
+}
+
+// DefaultProfile is the name of the profile that a caller gets who names none.
+const DefaultProfile = "default"
+
+// CA issues SVIDs and keeps its authorities. Its methods may be called at once from several goroutines.
+type CA struct {
+	td              spiffeid.TrustDomain
+	ledger          *ledger.Ledger
+	root            Root
+	rootCoverage    ledger.Coverage
+	keys            KeyStore
+	profiles        map[string]*Profile
+	issuingLifetime time.Duration
+	issuingKey      KeySpec
+	otherIssuers    []*x509.Certificate
+	now             func() time.Time
+	guarded         *GuardedClock
+	log             *slog.Logger
+	clients         *ClientCertificates
+
+	trust atomic.Pointer[trust] // what is signed with and trusted now
+
+	change   sync.Mutex    // held while authorities change
+	changed  chan struct{} // closed and renewed at each change
+	problems problems
+}
+
+// trust is what the CA signs with and trusts at one moment. It is never changed, only replaced.
+type trust struct {
+	active  *authority   // signs; nil when there is none that can
+	issuing []*authority // all that are not removed, in order of entry
+	roots   []*authority
+	bundle  *Bundle
+	changed chan struct{} // closed when this is no longer the trust
+}
+
+// Open takes up the authorities that the ledger has, and makes what is missing: on the first start the root and its
+// bundle enter the ledger and an issuing CA is made. It fails rather than begin with something that clients would refuse.
+func Open(ctx context.Context, o Options) (*CA, error) {
+	if o.Profiles[DefaultProfile] == nil {
+		return nil, fmt.Errorf("there is no profile named %q", DefaultProfile)
+	}
+	c := &CA{
+		td: o.TrustDomain, ledger: o.Ledger, root: o.Root, rootCoverage: o.RootCoverage, keys: o.Keys, profiles: o.Profiles,
+		issuingLifetime: o.IssuingLifetime, issuingKey: o.IssuingKey, otherIssuers: o.OtherIssuers,
+		now: o.Clock.Wall, guarded: o.Guarded, log: o.Logger, problems: problems{said: map[string]error{}},
+	}
+	c.clients = NewClientCertificates(o.TrustDomain, o.Ledger, o.Clock.Wall)
+	if err := c.takeUpRoots(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.reload(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.RenewIssuing(ctx); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// takeUpRoots records the roots on the first day, and on every later one makes sure that they are the same.
+func (c *CA) takeUpRoots(ctx context.Context) error {
+	roots, err := c.root.Roots(ctx)
+	if err != nil {
+		return fmt.Errorf("asking the root for its trust anchors: %w", err)
+	}
+	if len(roots) == 0 {
+		return errors.New("the root has no trust anchor")
+	}
+	given := map[ledger.Hash]bool{}
+	for _, root := range roots {
+		if err := checkRoot(root, c.td, c.now()); err != nil {
+			return fmt.Errorf("the root certificate %q cannot be a trust anchor: %w", root.Subject, err)
+		}
+		given[AuthorityID(root)] = true
+	}
+	records, err := c.ledger.Authorities()
+	if err != nil {
+		return fmt.Errorf("reading the authorities from the ledger: %w", err)
+	}
+	if _, err := c.ledger.CurrentBundle(); errors.Is(err, ledger.ErrNotFound) {
+		return c.recordRoots(ctx, roots)
+	} else if err != nil {
+		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
+	}
+	for _, record := range records {
+		if record.Role != ledger.RoleRoot || record.State == ledger.StateRemoved {
+			continue
+		}
+		if !given[record.ID] {
+			return fmt.Errorf("the ledger's root %s is not among those that the configured root has: workloads trust it, and this CA would leave them behind. "+
+				"Put the root back that belongs to this data folder, or begin with a new data folder", record.ID)
+		}
+		delete(given, record.ID)
+	}
+	for id := range given {
+		return fmt.Errorf("the configured root has the trust anchor %s, which the ledger does not know: workloads do not trust it yet. "+
+			"Put the root back that belongs to this data folder, or begin with a new data folder", id)
+	}
+	return nil
+}
+
+// recordRoots begins the ledger: the roots become active, and the first bundle holds them.
+func (c *CA) recordRoots(ctx context.Context, roots []*x509.Certificate) error {
+	var events []ledger.Body
+	bundle := &ledger.Bundle{TrustDomain: c.td.Name(), Sequence: 1, Floor: 1, Reason: "first start"}
+	for _, root := range roots {
+		events = append(events, &ledger.Authority{
+			ID: AuthorityID(root), TrustDomain: c.td.Name(), To: ledger.StateActive, Reason: "first start", By: "kedge",
+			Record: &ledger.Founded{Kind: "x509", Role: ledger.RoleRoot, Key: keyID(root), Certificate: root.Raw, Coverage: c.rootCoverage},
+		})
+		bundle.Roots = append(bundle.Roots, root.Raw)
+	}
+	bundle.SHA256 = hashText(encodePEM(bundle.Roots...))
+	if _, err := c.ledger.Append(ctx, append(events, bundle)...); err != nil {
+		return fmt.Errorf("recording the root in the ledger: %w", err)
+	}
+	return nil
+}
+
+// reload makes the trust anew from what the ledger says. Keys that are open stay so.
+func (c *CA) reload(ctx context.Context) error {
+	records, err := c.ledger.Authorities()
+	if err != nil {
+		return fmt.Errorf("reading the authorities from the ledger: %w", err)
+	}
+	record, err := c.ledger.CurrentBundle()
+	if err != nil {
+		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
+	}
+	bundle, err := loadBundle(record)
+	if err != nil {
+		return err
+	}
+	next := &trust{bundle: bundle, changed: make(chan struct{})}
+	before := c.trust.Load()
+	anchors := map[ledger.Hash]*x509.Certificate{}
+	for _, record := range records { // a root enters the ledger before what chains to it
+		if record.State == ledger.StateRemoved {
+			continue
+		}
+		a, err := loadAuthority(record, anchors)
+		if err != nil {
+			return err
+		}
+		if record.Role == ledger.RoleRoot {
+			anchors[record.ID] = a.cert
+			next.roots = append(next.roots, a)
+			continue
+		}
+		next.issuing = append(next.issuing, a)
+		if record.State == ledger.StateActive && !record.Tainted {
+			if before != nil && before.active != nil && before.active.record.ID == record.ID {
+				a.key = before.active.key
+			}
+			next.active = a
+		}
+	}
+	if next.active != nil && next.active.key == nil {
+		err := next.active.openKey(ctx, c.keys)
+		if err == nil {
+			err = c.proveAuthority(next.active, next.anchors())
+		}
+		if err != nil {
+			c.log.Error("the active issuing CA cannot sign; a new one is due", "authority", next.active.record.ID, "error", err)
+			next.active.key = nil
+		}
+	}
+	c.clients.setAuthorities(next.issuing, c.otherIssuers)
+	c.trust.Store(next)
+	if before != nil {
+		close(before.changed)
+	}
+	return nil
+}
+
+// anchors are the certificates of the roots.
+func (t *trust) anchors() []*x509.Certificate {
+	certs := make([]*x509.Certificate, len(t.roots))
+	for i, root := range t.roots {
+		certs[i] = root.cert
+	}
+	return certs
+}
+
+// TrustDomain is the one that this CA serves.
+func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.td }
+
+// Ledger is what this CA writes to.
+func (c *CA) Ledger() *ledger.Ledger { return c.ledger }
+
+// Guarded is the clock for steps that cannot be taken back.
+func (c *CA) Guarded() *GuardedClock { return c.guarded }
+
+// Bundle is the trust bundle of now.
+func (c *CA) Bundle() *Bundle { return c.trust.Load().bundle }
+
+// Changed is closed when an authority or the bundle has changed. Ask for it before looking at what may change.
+func (c *CA) Changed() <-chan struct{} { return c.trust.Load().changed }
+
+// ClientCertificates verifies certificates that callers present.
+func (c *CA) ClientCertificates() *ClientCertificates { return c.clients }
+
+// Ready says whether this CA can sign and record now: a probe signature with the active key, and a durable write to the ledger.
+func (c *CA) Ready(ctx context.Context) error {
+	active, err := c.signer()
+	if err != nil {
+		return err
+	}
+	if err := probeSignature(active); err != nil {
+		return err
+	}
+	if err := c.ledger.Probe(ctx); err != nil {
+		return fmt.Errorf("writing to the ledger: %w", err)
+	}
+	return nil
+}
+
+// problems are what is wrong now, by what it is about, so that each is logged when it comes and when it goes.
+type problems struct {
+	mu   sync.Mutex
+	said map[string]error
+}
+
+// set notes that about has the problem err, or none any more, and says whether that is news.
+func (p *problems) set(about string, err error) (news bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before := p.said[about]
+	if err == nil {
+		delete(p.said, about)
+		return before != nil
+	}
+	p.said[about] = err
+	return before == nil || before.Error() != err.Error()
+}
+
+func (p *problems) list() []error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []error
+	for about, err := range p.said {
+		all = append(all, fmt.Errorf("%s: %w", about, err))
+	}
+	return all
+}
+
+// Problems lists what is wrong though the CA goes on: each with what it is about and what to do.
+func (c *CA) Problems() []error {
+	all := c.problems.list()
+	if err := c.ledger.Fault(); err != nil {
+		all = append(all, fmt.Errorf("ledger: %w", err))
+	}
+	if err := c.guarded.Behind(); err != nil {
+		all = append(all, fmt.Errorf("clock: %w", err))
+	}
+	return all
+}

@@ -1,0 +1,295 @@
+package ca
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"kedge/ca/ledger"
+)
+
+// Request is what a caller asks for besides proving who it is.
+type Request struct {
+	CSR       []byte          // PEM
+	TTL       time.Duration   // 0: the profile's default
+	Profile   string          // "": the default one
+	Delivery  ledger.Delivery // how the bundle reaches the holder
+	RequestID string          // as in the logs
+}
+
+// Issue takes a caller through every step of the signing path.
+func (c *CA) Issue(ctx context.Context, caller Caller, r Request) (*Issued, error) {
+	granted, err := c.Grant(caller, r.Profile)
+	if err != nil {
+		return nil, err
+	}
+	requested, err := granted.ReadCSR(r.CSR)
+	if err != nil {
+		return nil, err
+	}
+	prepared, err := requested.Prepare(r.TTL)
+	if err != nil {
+		return nil, err
+	}
+	signed, err := prepared.Sign(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return signed.Record(ctx, r.Delivery, r.RequestID)
+}
+
+// Granted is a caller that may have a certificate for its identity. It comes from Grant only.
+type Granted struct {
+	ca      *CA
+	caller  Caller
+	profile *Profile
+}
+
+// Grant decides whether the caller may have an SVID for its identity under the profile of that name.
+func (c *CA) Grant(caller Caller, profile string) (*Granted, error) {
+	if caller.ID.IsZero() || len(caller.Proofs) == 0 {
+		return nil, Unauthenticated(errors.New("the caller has no proven identity"))
+	}
+	if !caller.ID.MemberOf(c.td) {
+		return nil, Denied(fmt.Errorf("%s is not of the trust domain %s", caller.ID, c.td))
+	}
+	first, _, _ := strings.Cut(strings.TrimPrefix(caller.ID.Path(), "/"), "/")
+	if first == "" || first == reservedSegment {
+		return nil, Denied(fmt.Errorf("%s is never granted: an SVID's ID has a path, and /%s is this CA's own", caller.ID, reservedSegment))
+	}
+	if profile == "" {
+		profile = DefaultProfile
+	}
+	p := c.profiles[profile]
+	if p == nil {
+		return nil, Invalid(fmt.Errorf("there is no profile %.64q: CertSigner names one of this CA's profiles, or is empty", profile))
+	}
+	if !p.AllowsIdentity(caller.ID.Path()) {
+		return nil, Denied(fmt.Errorf("the profile %q is not for %s", profile, caller.ID))
+	}
+	if limit := p.MaxLineageAge(); limit > 0 {
+		if caller.First == nil {
+			return nil, Denied(fmt.Errorf("the profile %q limits how long client certificates renew each other, and it is not known where this one's lineage began", profile))
+		}
+		if age := c.now().Sub(caller.First.Time.Time()); age > limit {
+			return nil, Denied(fmt.Errorf("the lineage of this client certificate began %s ago with a proof by %s; the profile %q allows %s: the caller must show a token again",
+				age.Round(time.Second), caller.First.Method, profile, limit))
+		}
+	}
+	return &Granted{ca: c, caller: caller, profile: p}, nil
+}
+
+// Requested is a granted identity with the public key that it is for. It comes from ReadCSR only.
+type Requested struct {
+	granted *Granted
+	pub     crypto.PublicKey
+	key     ledger.Hash
+}
+
+// ReadCSR takes the public key from a CSR, after the profile allowed it and the CSR's signature proved possession of it.
+func (g *Granted) ReadCSR(pem []byte) (*Requested, error) {
+	pub, key, err := parseCSR(pem, g.profile.AllowsKey)
+	if err != nil {
+		return nil, err
+	}
+	return &Requested{granted: g, pub: pub, key: key}, nil
+}
+
+// Prepared is a certificate that may be signed. It comes from Prepare only.
+type Prepared struct {
+	requested *Requested
+	trust     *trust
+	authority *authority
+	ttl       time.Duration
+	asked     time.Duration // when more than was granted; else 0
+}
+
+// Prepare settles the validity: what was asked for, within the profile, and never beyond the end of the chain (I3). When
+// the chain leaves less than the profile's minimum the answer is ErrUnavailable, never an ever shorter leaf.
+func (r *Requested) Prepare(asked time.Duration) (*Prepared, error) {
+	c, profile := r.granted.ca, r.granted.profile
+	ttl, clamped, err := profile.Lifetime(asked)
+	if err != nil {
+		return nil, err
+	}
+	t := c.trust.Load()
+	if t.active == nil || t.active.key == nil {
+		return nil, Unavailable(errors.New("there is no issuing CA that can sign"))
+	}
+	now := c.now()
+	if left := t.active.notAfter.Sub(now).Truncate(time.Second); left < ttl {
+		if left < profile.MinTTL() {
+			return nil, Unavailable(fmt.Errorf("the issuing CA %s ends at %s: the %s that are left are less than the profile's minimum of %s",
+				t.active.short(), t.active.notAfter.Format(time.RFC3339), left, profile.MinTTL()))
+		}
+		ttl = left
+	}
+	if now.Before(t.active.cert.NotBefore) {
+		return nil, Unavailable(fmt.Errorf("this machine's clock says %s, before the issuing CA's notBefore %s: the clock was set back",
+			now.UTC().Format(time.RFC3339), t.active.cert.NotBefore.Format(time.RFC3339)))
+	}
+	p := &Prepared{requested: r, trust: t, authority: t.active, ttl: ttl}
+	if clamped {
+		p.asked = asked
+	}
+	return p, nil
+}
+
+// Signed is a certificate that is not recorded yet. It comes from Sign only, and does not give the certificate away.
+type Signed struct {
+	prepared  *Prepared
+	serial    ledger.Serial
+	der       []byte
+	notBefore time.Time
+	notAfter  time.Time
+	recorded  bool
+}
+
+// Sign makes the certificate, each time with a new serial. x509.CreateCertificate verifies the signature that the key returned.
+func (p *Prepared) Sign(ctx context.Context) (*Signed, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	c, a := p.requested.granted.ca, p.authority
+	number, serial := newSerial(c.ledger.Head().Log)
+	now := c.now().UTC().Truncate(time.Second)
+	notBefore := now.Add(-p.requested.granted.profile.Backdate(p.ttl))
+	if notBefore.Before(a.cert.NotBefore) {
+		notBefore = a.cert.NotBefore
+	}
+	notAfter := earlier(now.Add(p.ttl), a.notAfter)
+	template := leafTemplate(number, p.requested.granted.caller.ID, p.requested.pub, notBefore, notAfter)
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, p.requested.pub, a.key)
+	if err != nil {
+		return nil, Unavailable(fmt.Errorf("signing with the issuing CA %s: %w", a.short(), err))
+	}
+	return &Signed{prepared: p, serial: serial, der: der, notBefore: notBefore, notAfter: notAfter}, nil
+}
+
+// leafTemplate is what every SVID looks like (X509-SVID 4; RFC 5280 4.2.1.6: with an empty subject the SAN is critical,
+// which x509.CreateCertificate sees to).
+func leafTemplate(serial *big.Int, id spiffeid.ID, pub crypto.PublicKey, notBefore, notAfter time.Time) *x509.Certificate {
+	usage := x509.KeyUsageDigitalSignature
+	if isRSA(pub) {
+		usage |= x509.KeyUsageKeyEncipherment
+	}
+	return &x509.Certificate{
+		SerialNumber: serial, NotBefore: notBefore, NotAfter: notAfter,
+		KeyUsage:              usage,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+		URIs:                  []*url.URL{id.URL()},
+	}
+}
+
+// Issued is a certificate that is durably in the ledger, and may leave.
+type Issued struct {
+	Number      uint64        // of its event in the ledger
+	Serial      ledger.Serial //
+	ID          spiffeid.ID   // zero for a serving certificate
+	DER         []byte        // the leaf
+	Chain       []string      // PEM, one certificate an element: the leaf, then what leads to a root, without the root
+	Bundle      *Bundle       // to be handed over with it
+	NotBefore   time.Time     //
+	NotAfter    time.Time     //
+	ClampedFrom time.Duration // what was asked for, when more than granted; else 0
+	Authority   ledger.Hash   // that signed
+}
+
+// Record appends the certificate's event to the ledger. Only when that is durable is there an Issued (I1). The ledger refuses it if
+// meanwhile the authority stopped signing, the bundle fell below the floor, or the join token was spent.
+func (s *Signed) Record(ctx context.Context, delivery ledger.Delivery, requestID string) (*Issued, error) {
+	if s.recorded {
+		return nil, errors.New("a signed certificate is recorded once") // a defect, so of no kind
+	}
+	s.recorded = true
+	r := s.prepared.requested
+	caller, c := r.granted.caller, r.granted.ca
+	event := s.event(delivery, requestID)
+	event.SPIFFEID, event.Key, event.Profile = caller.ID.String(), r.key, r.granted.profile.Name()
+	event.Proofs, event.Holder, event.Replaces, event.Token = caller.Proofs, caller.Holder, caller.Replaces, caller.JoinToken
+	event.Peer, event.ClusterID = caller.Peer, caller.ClusterID
+	event.ClampedFrom = int64(s.prepared.asked / time.Second)
+	if caller.First != nil && *caller.First != caller.Proofs[0] {
+		event.FirstProof = caller.First
+	}
+	number, err := c.appendIssue(ctx, event, caller.Presented)
+	if err != nil {
+		return nil, err
+	}
+	if !caller.IssuedAt.IsZero() {
+		c.guarded.Corroborate(caller.IssuedAt)
+	}
+	issued := s.issued(number)
+	issued.ID = caller.ID
+	return issued, nil
+}
+
+// event is what the ledger keeps of the certificate itself.
+func (s *Signed) event(delivery ledger.Delivery, requestID string) *ledger.Issue {
+	a := s.prepared.authority
+	return &ledger.Issue{
+		Serial: s.serial, Certificate: sha256.Sum256(s.der), NotBefore: ledger.At(s.notBefore), NotAfter: ledger.At(s.notAfter),
+		Authority: a.record.ID, Chain: a.hash, Bundle: s.prepared.trust.bundle.Sequence, Delivery: delivery, RequestID: requestID,
+	}
+}
+
+func (s *Signed) issued(number uint64) *Issued {
+	a := s.prepared.authority
+	return &Issued{
+		Number: number, Serial: s.serial, DER: s.der, Chain: append([]string{encodePEM(s.der)}, a.chainPEM...), Bundle: s.prepared.trust.bundle,
+		NotBefore: s.notBefore, NotAfter: s.notAfter, ClampedFrom: s.prepared.asked, Authority: a.record.ID,
+	}
+}
+
+// appendIssue appends an issue, and with it the confirmation of the certificate that its caller presented, if that is news.
+func (c *CA) appendIssue(ctx context.Context, event *ledger.Issue, presented *Presented) (number uint64, err error) {
+	if presented != nil {
+		state, err := c.ledger.IssueState(presented.Number)
+		if err != nil {
+			return 0, Unavailable(fmt.Errorf("reading issue %d from the ledger: %w", presented.Number, err))
+		}
+		if !state.Confirmed {
+			confirm := &ledger.Confirm{Number: presented.Number, Serial: presented.Serial, How: MethodClientCertificate}
+			first, err := c.ledger.Append(ctx, confirm, event)
+			if err == nil {
+				return first + 1, nil
+			}
+			if !errors.Is(err, ledger.ErrAlready) { // somebody else confirmed it in the meantime
+				return 0, c.appendError(ctx, err)
+			}
+		}
+	}
+	number, err = c.ledger.Append(ctx, event)
+	if err != nil {
+		return 0, c.appendError(ctx, err)
+	}
+	return number, nil
+}
+
+// appendError says of which kind a refused append is.
+func (c *CA) appendError(ctx context.Context, err error) error {
+	switch {
+	case errors.Is(err, ledger.ErrTokenSpent), errors.Is(err, ledger.ErrTokenUnknown), errors.Is(err, ledger.ErrTokenExpired):
+		return Unauthenticated(fmt.Errorf("the ledger refuses the join token: %w", err))
+	case errors.Is(err, ledger.ErrNotActive), errors.Is(err, ledger.ErrBelowFloor):
+		c.change.Lock()
+		defer c.change.Unlock()
+		return Unavailable(errors.Join(fmt.Errorf("what this was signed with is no longer in use: %w", err), c.reload(context.WithoutCancel(ctx))))
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	}
+	return Unavailable(fmt.Errorf("recording the certificate in the ledger: %w", err))
+}
+
+func hashText(text string) ledger.Hash { return sha256.Sum256([]byte(text)) }

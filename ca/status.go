@@ -1,0 +1,97 @@
+package ca
+
+import (
+	"crypto/x509"
+	"time"
+
+	"kedge/ca/ledger"
+)
+
+// AuthorityStatus is an authority as people see it.
+type AuthorityStatus struct {
+	ID          ledger.Hash     `json:"id"`
+	Role        ledger.Role     `json:"role"`
+	State       ledger.State    `json:"state"`
+	Tainted     bool            `json:"tainted"`
+	TrustDomain string          `json:"trust_domain"`
+	Subject     string          `json:"subject"`
+	NotBefore   time.Time       `json:"not_before"`
+	NotAfter    time.Time       `json:"not_after"`
+	Renews      *time.Time      `json:"renews,omitempty"` // when a successor is due; of the active issuing CA only
+	Key         ledger.Hash     `json:"key"`
+	KeyType     string          `json:"key_type"`
+	Root        *ledger.Hash    `json:"root,omitempty"`
+	Coverage    ledger.Coverage `json:"coverage"`
+	LiveSVIDs   uint64          `json:"live_certificates"` // that chain to it, as the holdings count them
+	LastExpiry  *time.Time      `json:"last_expiry,omitempty"`
+	Certificate string          `json:"certificate"` // PEM
+}
+
+// Authorities lists every authority that the ledger knows, removed ones included, in order of entry.
+func (c *CA) Authorities() ([]AuthorityStatus, error) {
+	records, err := c.ledger.Authorities()
+	if err != nil {
+		return nil, err
+	}
+	holdings, err := c.ledger.Holdings()
+	if err != nil {
+		return nil, err
+	}
+	now := c.now()
+	live, last := map[ledger.Hash]uint64{}, map[ledger.Hash]time.Time{}
+	for _, row := range holdings {
+		if end := row.Latest.Time(); end.After(now) {
+			live[row.Chain] += row.Count
+			if end.After(last[row.Chain]) {
+				last[row.Chain] = end
+			}
+		}
+	}
+	all := make([]AuthorityStatus, 0, len(records))
+	underRoot, lastUnderRoot := map[ledger.Hash]uint64{}, map[ledger.Hash]time.Time{}
+	for _, record := range records {
+		cert, err := x509.ParseCertificate(record.Certificate)
+		if err != nil {
+			return nil, err
+		}
+		s := AuthorityStatus{
+			ID: record.ID, Role: record.Role, State: record.State, Tainted: record.Tainted, TrustDomain: record.TrustDomain,
+			Subject: cert.Subject.String(), NotBefore: cert.NotBefore, NotAfter: cert.NotAfter, Key: record.Key, KeyType: keyType(cert.PublicKey),
+			Coverage: record.Coverage, Certificate: encodePEM(record.Certificate),
+		}
+		if record.Role == ledger.RoleIssuing {
+			chain := ledger.ChainHash(record.Chain)
+			s.Root, s.LiveSVIDs = &record.Root, live[chain]
+			if end, ok := last[chain]; ok {
+				s.LastExpiry = &end
+			}
+			underRoot[record.Root] += live[chain]
+			if last[chain].After(lastUnderRoot[record.Root]) {
+				lastUnderRoot[record.Root] = last[chain]
+			}
+			if active := c.trust.Load().active; active != nil && active.record.ID == record.ID {
+				due := active.halfLife()
+				s.Renews = &due
+			}
+		}
+		all = append(all, s)
+	}
+	for i := range all {
+		if all[i].Role == ledger.RoleRoot {
+			all[i].LiveSVIDs = underRoot[all[i].ID]
+			if end := lastUnderRoot[all[i].ID]; !end.IsZero() {
+				all[i].LastExpiry = &end
+			}
+		}
+	}
+	return all, nil
+}
+
+// Active is the id of the issuing CA that signs now, if there is one.
+func (c *CA) Active() (ledger.Hash, bool) {
+	a, err := c.signer()
+	if err != nil {
+		return ledger.Hash{}, false
+	}
+	return a.record.ID, true
+}

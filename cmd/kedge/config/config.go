@@ -1,0 +1,217 @@
+// Package config is the one file that Kedge is configured by.
+//
+// The file is YAML, at most 1 MiB, and read strictly: an unknown key is an error that names the nearest valid one, and so is a
+// key that stands there twice, a value of the wrong type, or a second document. Whatever the file leaves out has the default that stands
+// below, so an empty file and no file are the same. A section without contents is as good as left out; a key with nothing
+// behind it is an error, since it does not say what was meant. A list replaces its default as a whole: "[]" is no entry at all.
+//
+// Durations are written like "24h", "90m", "7d" or "1h30m"; a day, d, has 24 hours. They are never negative and at most 100 years.
+//
+// Relative paths begin at the folder of the file; with no file, at the working folder. Secrets never stand in the file, only the
+// paths of the files that hold them.
+//
+// "kedge config check" says everything that is wrong with a file, and "kedge config print" shows what holds, defaults filled in.
+package config
+
+// Load reads a file, Default is what holds without one, Validate judges either, and Print shows it. docs/configuration.md is
+// generated from the comments in this file by gendocs.
+
+//go:generate go run ./gendocs
+
+// Config is everything that can be configured.
+type Config struct {
+	// The SPIFFE trust domain whose SVIDs are issued: the name alone, without "spiffe://". It stands in every certificate, so a
+	// change needs a new data folder.
+	TrustDomain string `yaml:"trustDomain"`
+	// The folder (0700) for the ledger, keys and the admin socket. Made when it is not there. One process at a time uses it. Losing it loses the
+	// record of what was issued; back it up.
+	DataDir string `yaml:"dataDir" kind:"path"`
+	// The door of the Istio CSR API: where istio-agents and ztunnels send their CSRs.
+	CSR CSR `yaml:"csr"`
+	// Health and metrics, over plain HTTP.
+	Operations Operations `yaml:"operations"`
+	// The log goes to standard error.
+	Log Log `yaml:"log"`
+	// OpenTelemetry traces.
+	Tracing Tracing `yaml:"tracing"`
+	// Where the root of trust comes from.
+	Root Root `yaml:"root"`
+	// The issuing CA, which signs workload certificates and is certified by the root. It is renewed at half of its lifetime.
+	IssuingCA IssuingCA `yaml:"issuingCA"`
+	// Signing profiles, by the name that a caller gives as CertSigner. A caller who gives none gets the one named "default", which is always there.
+	Profiles map[string]Profile `yaml:"profiles"`
+	// A cfssl signing configuration (JSON) whose profiles are added to those above. A name that stands in both is an error. A profile
+	// that lets the CSR decide anything, or is not a leaf's, is refused. "": none.
+	CFSSLProfilesFile string `yaml:"cfsslProfilesFile" kind:"path"`
+	// Who may ask, and how they prove who they are. The identity in a certificate comes from here, never from the CSR.
+	Callers Callers `yaml:"callers"`
+	// The record of every certificate that was issued.
+	Ledger Ledger `yaml:"ledger"`
+}
+
+// CSR is the door of the Istio CSR API.
+type CSR struct {
+	// Address and port of the gRPC server. Only TLS 1.2 and 1.3 are spoken. Port 0 takes any free one.
+	Listen string `yaml:"listen"`
+	// DNS names and IP addresses in the server's own certificate. Clients check the one that they dialled; an istio-agent whose CA address
+	// contains "localhost" checks istiod.istio-system.svc instead. A name that is missing here fails the handshake.
+	ServerNames []string `yaml:"serverNames"`
+	// How long the server's own certificate lives; it is renewed at half of that, without a restart. At most a third of issuingCA.lifetime.
+	ServerCertificateTTL Duration `yaml:"serverCertificateTTL"`
+	// How long a call may take. istio-agents set no deadline of their own and wait for as long as the server lets them.
+	CallTimeout Duration `yaml:"callTimeout"`
+	// After this long a connection is ended in good order, so that clients spread over replicas. 0: never.
+	MaxConnectionAge Duration `yaml:"maxConnectionAge"`
+	// How long calls that are under way may still take on a connection that ends. At least callTimeout.
+	MaxConnectionAgeGrace Duration `yaml:"maxConnectionAgeGrace"`
+	// Clients that ping more often than this are cut off. istio-agents ping every 30s.
+	KeepaliveMinTime Duration `yaml:"keepaliveMinTime"`
+	// After this long without traffic the server pings a client, to find out that it is gone. At least 10s.
+	KeepaliveTime Duration `yaml:"keepaliveTime"`
+	// How long the server waits for the answer to its ping before it closes the connection.
+	KeepaliveTimeout Duration `yaml:"keepaliveTimeout"`
+	// Whether gRPC reflection answers, so that tools like grpcurl find the methods.
+	Reflection bool `yaml:"reflection"`
+}
+
+// Operations is health and metrics.
+type Operations struct {
+	// Address and port of /healthz, /readyz and /metrics. There is no authentication: give it an address that only monitoring reaches.
+	Listen string `yaml:"listen"`
+}
+
+// Log is what is logged, and how.
+type Log struct {
+	// The least important level that is logged: debug, info, warn or error. It can be changed while Kedge runs.
+	Level string `yaml:"level"`
+	// json for machines, text for people.
+	Format string `yaml:"format"`
+}
+
+// Tracing is where traces go.
+type Tracing struct {
+	// Host and port of an OTLP gRPC receiver, like "otel-collector.observability.svc:4317". "": no traces.
+	Endpoint string `yaml:"endpoint"`
+	// Whether traces travel without TLS. They name SPIFFE IDs and addresses.
+	Insecure bool `yaml:"insecure"`
+	// PEM file with the CA certificates that the receiver's certificate is checked with. "": those of the system.
+	CAFile string `yaml:"caFile" kind:"path"`
+	// Which part of the calls is traced, from 0 to 1. A caller that traces already decides for itself.
+	SampleRatio float64 `yaml:"sampleRatio"`
+}
+
+// Root is where the root of trust comes from.
+type Root struct {
+	// A root in files. It is made on first start, when its folder is empty.
+	File RootFile `yaml:"file"`
+}
+
+// RootFile is a root in files.
+type RootFile struct {
+	// The folder (0700) of the root's certificate and key. When the file leaves it out, or says "": the folder "root" in dataDir.
+	Dir string `yaml:"dir" kind:"path"`
+	// File of one line, the passphrase that encrypts the root's key. "": the key file is not encrypted, and only its mode (0600) protects
+	// it. Whoever has the key can make any identity.
+	PassphraseFile string `yaml:"passphraseFile" kind:"path"`
+	// Type of the root's key when it is made: P-256, P-384, RSA-2048, RSA-3072 or RSA-4096.
+	KeyType string `yaml:"keyType"`
+	// How long the root lives when it is made. At least twice issuingCA.lifetime.
+	Lifetime Duration `yaml:"lifetime"`
+}
+
+// IssuingCA is what signs workload certificates.
+type IssuingCA struct {
+	// How long an issuing CA lives; its successor takes over at half of that. At least three times the longest maxTTL of all
+	// profiles, so that no workload certificate is cut short by its issuer's end.
+	Lifetime Duration `yaml:"lifetime"`
+	// Type of its key: P-256, P-384, RSA-2048, RSA-3072 or RSA-4096. A change holds from the next renewal on. RSA signs some twenty times slower.
+	KeyType string `yaml:"keyType"`
+	// File of one line, the passphrase that encrypts the keys in dataDir. "": they are not encrypted, and only their mode (0600)
+	// protects them.
+	PassphraseFile string `yaml:"passphraseFile" kind:"path"`
+}
+
+// Profile is a signing profile: what a certificate may be, and who may have it.
+type Profile struct {
+	// How long a certificate lives when the caller does not say. When the file leaves it out: 24h, or maxTTL if that is shorter.
+	DefaultTTL Duration `yaml:"defaultTTL"`
+	// No certificate lives longer, whatever the caller asks for.
+	MaxTTL Duration `yaml:"maxTTL"`
+	// No certificate lives shorter: a caller that asks for less is refused, and when the issuing CA has less left nothing is issued. Below 5m
+	// there is a warning: agents renew at half of the lifetime, and a CA that is away for so long cuts them off.
+	MinTTL Duration `yaml:"minTTL"`
+	// What becomes of a caller that asks for more than maxTTL: clamp grants maxTTL and counts it; refuse answers InvalidArgument, and an
+	// istio-agent, which asks for 24h unasked, gets no certificate until its SECRET_TTL is lowered.
+	OverMax string `yaml:"overMax"`
+	// How far notBefore lies before the time of issue, for verifiers whose clocks are late. At most 1h, and never more than a tenth
+	// of the certificate's lifetime.
+	Backdate Duration `yaml:"backdate"`
+	// Key types that are allowed besides RSA of 2048 to 4096 bits, P-256 and P-384: P-521, Ed25519.
+	ExtraKeys []string `yaml:"extraKeys"`
+	// How long client certificates may renew each other before the caller must show a token again. 0s: for ever.
+	MaxLineageAge Duration `yaml:"maxLineageAge"`
+	// Patterns of the SPIFFE ID paths that may use this profile, like "ns/prod/sa/*"; "*" stands within one segment. Empty: all that were authenticated.
+	Identities []string `yaml:"identities"`
+}
+
+// Callers is who may ask, and how they prove who they are.
+type Callers struct {
+	// Issuers whose tokens are accepted, for instance one for each cluster. Tokens are checked here, without asking the issuer each time.
+	TokenIssuers []TokenIssuer `yaml:"tokenIssuers"`
+	// Join tokens, which Kedge signs itself ("kedge token create"), for machines that no token issuer knows.
+	JoinTokens JoinTokens `yaml:"joinTokens"`
+	// Client certificates, with which holders of an SVID renew it.
+	ClientCertificates ClientCertificates `yaml:"clientCertificates"`
+	// How far the clocks of token issuers may be ahead or behind. From 1s to 5m.
+	ClockSkew Duration `yaml:"clockSkew"`
+}
+
+// TokenIssuer is an issuer of JSON Web Tokens whose word counts.
+type TokenIssuer struct {
+	// Required. What the issuer is called in the ledger, in logs and metrics, for instance the name of its cluster. No two have the same.
+	Name string `yaml:"name"`
+	// kubernetes: service account tokens, whose holder becomes ns/NAMESPACE/sa/ACCOUNT. oidc: any other issuer of OpenID Connect tokens.
+	Kind string `yaml:"kind"`
+	// Required. The token's "iss", to the letter. No two issuers have the same. Without jwksFile and jwksURL the keys are found by OpenID
+	// Connect discovery at this URL, which then must be https (http only on a loopback address).
+	Issuer string `yaml:"issuer"`
+	// A token must name one of these in "aud". When the file leaves it out: istio-ca for kubernetes; oidc has no default.
+	Audiences []string `yaml:"audiences"`
+	// File with the issuer's keys as a JWKS, read again when it changes. "": they come from jwksURL or by discovery.
+	JWKSFile string `yaml:"jwksFile" kind:"path"`
+	// URL of the issuer's keys as a JWKS; https (http only on a loopback address). "": they come from jwksFile or by discovery.
+	JWKSURL string `yaml:"jwksURL"`
+	// PEM file with the CA certificates that the issuer's own server certificate is checked with. "": those of the system.
+	CAFile string `yaml:"caFile" kind:"path"`
+	// File with a bearer token to show when the keys are fetched, read again each time. A Kubernetes API server gives its keys only to those with one.
+	BearerTokenFile string `yaml:"bearerTokenFile" kind:"path"`
+	// For oidc, and required there: how claims of the token make a SPIFFE ID path, like "ci/{claim:repository}/{claim:job.name}". The value of a
+	// claim fills its place within one segment; a value that cannot do so is refused.
+	Identity string `yaml:"identity"`
+}
+
+// JoinTokens is what join tokens may be made for.
+type JoinTokens struct {
+	// Patterns of the SPIFFE ID paths that a join token may be made for; "*" stands within one segment. []: no join tokens.
+	Identities []string `yaml:"identities"`
+	// How long a join token may be valid.
+	MaxTTL Duration `yaml:"maxTTL"`
+}
+
+// ClientCertificates is whose client certificates count.
+type ClientCertificates struct {
+	// Whether a client certificate alone proves who the caller is. With false everybody needs a token each time.
+	Enabled bool `yaml:"enabled"`
+	// PEM files of issuing CAs of others whose client certificates count as well, for instance of the CA that workloads come from.
+	// Name issuing CAs, not a shared root: whoever can get any certificate under it would be a caller.
+	OtherIssuers []string `yaml:"otherIssuers" kind:"path"`
+}
+
+// Ledger is the record of every certificate that was issued.
+type Ledger struct {
+	// How long a record is kept after it ceased to matter (a certificate: after it expired).
+	Retention Duration `yaml:"retention"`
+	// Folder for archives. When given, no record is dropped before it is in an archive file there; when the folder is full or away, the
+	// ledger grows instead. "": records are dropped without an archive.
+	ArchiveDir string `yaml:"archiveDir" kind:"path"`
+}

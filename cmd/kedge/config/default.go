@@ -1,0 +1,89 @@
+package config
+
+import (
+	"path/filepath"
+	"time"
+
+	"kedge/ca"
+)
+
+// Default is what holds without a file. Its paths are relative to the working folder.
+func Default() *Config {
+	c := &Config{
+		TrustDomain: "cluster.local",
+		DataDir:     "./kedge-data",
+		CSR: CSR{
+			Listen:                "127.0.0.1:15012",
+			ServerNames:           []string{"localhost", "127.0.0.1", "::1", "istiod.istio-system.svc"},
+			ServerCertificateTTL:  Duration(24 * time.Hour),
+			CallTimeout:           Duration(10 * time.Second),
+			MaxConnectionAge:      Duration(30 * time.Minute),
+			MaxConnectionAgeGrace: Duration(30 * time.Second),
+			KeepaliveMinTime:      Duration(10 * time.Second),
+			KeepaliveTime:         Duration(time.Minute),
+			KeepaliveTimeout:      Duration(20 * time.Second),
+			Reflection:            true,
+		},
+		Operations: Operations{Listen: "127.0.0.1:15014"},
+		Log:        Log{Level: "info", Format: "json"},
+		Tracing:    Tracing{SampleRatio: 0.1},
+		Root:       Root{File: RootFile{KeyType: string(ca.P256), Lifetime: Duration(3650 * day)}},
+		IssuingCA:  IssuingCA{Lifetime: Duration(7 * day), KeyType: string(ca.P256)},
+		Profiles:   map[string]Profile{ca.DefaultProfile: defaultProfile()},
+		Callers: Callers{
+			JoinTokens:         JoinTokens{Identities: []string{"ns/default/sa/*"}, MaxTTL: Duration(time.Hour)},
+			ClientCertificates: ClientCertificates{Enabled: true},
+			ClockSkew:          Duration(30 * time.Second),
+		},
+		Ledger: Ledger{Retention: Duration(30 * day)},
+	}
+	c.fillRootDir()
+	return c
+}
+
+// fillRootDir puts the root's folder into the data folder when it is nowhere else.
+func (c *Config) fillRootDir() {
+	if c.Root.File.Dir == "" {
+		c.Root.File.Dir = filepath.Join(c.DataDir, "root")
+	}
+}
+
+// MoveData puts the data folder elsewhere, and the root's folder with it when that has its default place.
+func (c *Config) MoveData(dir string) {
+	if c.Root.File.Dir == filepath.Join(c.DataDir, "root") {
+		c.Root.File.Dir = ""
+	}
+	c.DataDir = dir
+	c.fillRootDir()
+}
+
+// defaultProfile is what a profile has where the file says nothing.
+func defaultProfile() Profile {
+	p := ca.DefaultProfileConfig()
+	return Profile{
+		DefaultTTL: Duration(p.DefaultTTL), MaxTTL: Duration(p.MaxTTL), MinTTL: Duration(p.MinTTL), OverMax: p.OverMax, Backdate: Duration(p.Backdate),
+		ExtraKeys: p.ExtraKeys, MaxLineageAge: Duration(p.MaxLineageAge), Identities: p.Identities,
+	}
+}
+
+// signing is the profile as ca takes it.
+func (p Profile) signing() ca.ProfileConfig {
+	return ca.ProfileConfig{
+		DefaultTTL: p.DefaultTTL.Std(), MaxTTL: p.MaxTTL.Std(), MinTTL: p.MinTTL.Std(), OverMax: p.OverMax, Backdate: p.Backdate.Std(),
+		ExtraKeys: p.ExtraKeys, MaxLineageAge: p.MaxLineageAge.Std(), Identities: p.Identities,
+	}
+}
+
+// The kinds of token issuers.
+const (
+	KindKubernetes = "kubernetes"
+	KindOIDC       = "oidc"
+)
+
+// defaultAudience is what istio-agents ask Kubernetes tokens for.
+const defaultAudience = "istio-ca"
+
+// DefaultTokenIssuer is what a token issuer has where the file says nothing.
+func DefaultTokenIssuer() TokenIssuer {
+	return TokenIssuer{Kind: KindKubernetes, Audiences: []string{defaultAudience}}
+}

@@ -1,0 +1,132 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"kedge/cmd/kedge/config"
+)
+
+func newServeCommand(t *target) *cobra.Command {
+	return &cobra.Command{
+		Use: "serve", Short: "Run the CA", Args: cobra.NoArgs,
+		Long: `Run the CA until SIGTERM or SIGINT. Without a configuration it makes a root of its own on the first start and keeps everything in
+./kedge-data; the CSR API is on 127.0.0.1:15012, health and metrics are on 127.0.0.1:15014. The log goes to standard error.`,
+		RunE: func(c *cobra.Command, _ []string) error {
+			began := time.Now()
+			cfg, err := t.load()
+			if err != nil {
+				return err
+			}
+			warnings, err := cfg.Validate()
+			if err != nil {
+				return usageError{err}
+			}
+			if err := keepSecretsInMemory(); err != nil {
+				return err
+			}
+			level := new(slog.LevelVar)
+			log, err := newLogger(c.ErrOrStderr(), cfg.Log, level)
+			if err != nil {
+				return err
+			}
+			for _, warning := range warnings {
+				log.Warn("configuration", "warning", warning)
+			}
+			s, err := startServer(c.Context(), cfg, log, level, began)
+			if err != nil {
+				log.Error("the CA did not start", "error", err)
+				return err
+			}
+			s.greet(c.OutOrStdout(), t)
+			return s.wait(c.Context())
+		},
+	}
+}
+
+// keepSecretsInMemory makes sure that no crash leaves key material behind: no core file, and no piped one either, which
+// ignores RLIMIT_CORE but not the dumpable flag (core(5)).
+func keepSecretsInMemory() error {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("switching core dumps off: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("switching core dumps off: %w", err)
+	}
+	return nil
+}
+
+func newLogger(w io.Writer, c config.Log, level *slog.LevelVar) (*slog.Logger, error) {
+	if err := level.UnmarshalText([]byte(c.Level)); err != nil {
+		return nil, fmt.Errorf("log.level: %w", err)
+	}
+	options := &slog.HandlerOptions{Level: level}
+	if c.Format == "text" {
+		return slog.New(slog.NewTextHandler(w, options)), nil
+	}
+	return slog.New(slog.NewJSONHandler(w, options)), nil
+}
+
+// greet tells a person what there is now, and what to do next.
+func (s *server) greet(w io.Writer, t *target) {
+	status := s.status()
+	flags := ""
+	if t.config != "" {
+		flags += " --config " + t.config
+	}
+	if t.data != "" {
+		flags += " --data " + t.data
+	}
+	fmt.Fprintf(w, "Kedge %s serves the trust domain %s, ready after %d ms\n\n", version, status.TrustDomain, s.took.Milliseconds())
+	table := newTable(w)
+	table.row("  CSR API", status.CSRAddress+" (TLS)")
+	table.row("  health, metrics", "http://"+status.OpsAddress)
+	table.row("  root certificate", status.RootFile)
+	table.row("  root fingerprint", "sha256:"+status.Root.String())
+	table.row("  data folder", status.DataDir)
+	if table.Flush() != nil {
+		return // nobody reads it
+	}
+	next := "point an istio-agent's CA_ADDR here, with CA_ROOT_CA=" + status.RootFile
+	if identities := s.config.Callers.JoinTokens.Identities; len(identities) > 0 {
+		next = fmt.Sprintf("kedge token create%s --identity %s", flags, example(identities[0]))
+	}
+	fmt.Fprintf(w, "\nNext: %s\n", next)
+}
+
+// example makes an identity that a pattern matches.
+func example(pattern string) string {
+	text := []byte{}
+	for i := range len(pattern) {
+		if pattern[i] == '*' {
+			text = append(text, "web"...)
+		} else {
+			text = append(text, pattern[i])
+		}
+	}
+	return string(text)
+}
+
+// makeDataFolder makes the data folder, or makes sure that it is this user's alone.
+func makeDataFolder(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("making the data folder: %w", err)
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("looking at the data folder: %w", err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("the data folder %s is a file: name another", dir)
+	}
+	if mode := info.Mode().Perm(); mode&0o077 != 0 {
+		return fmt.Errorf("the data folder %s holds keys, and others may enter it (mode %#o): run 'chmod 700 %s'", dir, mode, dir)
+	}
+	return nil
+}

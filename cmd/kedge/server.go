@@ -1,0 +1,373 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"kedge/ca"
+	"kedge/ca/atomicfile"
+	"kedge/ca/ledger"
+	"kedge/cmd/kedge/config"
+	"kedge/issuer/admin"
+	"kedge/issuer/authn"
+	"kedge/issuer/istio"
+	"kedge/issuer/metrics"
+	"kedge/issuer/ops"
+	"kedge/issuer/serving"
+	"kedge/plugins/file"
+)
+
+// stopLimit is how long calls in flight may take when the CA stops.
+const stopLimit = 20 * time.Second
+
+// server is a running CA with all its doors.
+type server struct {
+	config  *config.Config
+	log     *slog.Logger
+	level   *slog.LevelVar
+	started time.Time
+	took    time.Duration // until it was ready
+
+	dataDir  string // absolute
+	ca       *ca.CA
+	authn    *authn.Authenticator
+	ready    *ops.Readiness
+	grpc     *grpc.Server
+	health   *health.Server
+	http     []*http.Server
+	csrAddr  string
+	opsAddr  string
+	closers  []func() error // in the order in which they were added; run in the opposite one
+	cancel   context.CancelFunc
+	running  sync.WaitGroup
+	failures chan error // of what should run until the end
+}
+
+// startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails.
+func startServer(ctx context.Context, c *config.Config, log *slog.Logger, level *slog.LevelVar, began time.Time) (s *server, err error) {
+	s = &server{config: c, log: log, level: level, started: began, failures: make(chan error, 1)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	if s.dataDir, err = filepath.Abs(c.DataDir); err != nil {
+		return nil, fmt.Errorf("finding the data folder: %w", err)
+	}
+	if err := makeDataFolder(s.dataDir); err != nil {
+		return nil, err
+	}
+	release, err := ledger.Lock(s.dataDir)
+	if err != nil {
+		return nil, err
+	}
+	s.closers = append(s.closers, release)
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	counters := metrics.New(registry)
+	if err := s.openCA(ctx, counters); err != nil {
+		return nil, err
+	}
+	registry.MustRegister(metrics.Collector{CA: s.ca})
+	join, err := s.openAuthn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.open(ctx, counters, registry, join); err != nil {
+		return nil, err
+	}
+	s.took = time.Since(began)
+	return s, nil
+}
+
+// openCA opens the ledger, the root and the key store, and the CA over them.
+func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
+	c := s.config
+	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
+	if err != nil {
+		return fmt.Errorf("trustDomain: %w", err)
+	}
+	book, err := ledger.Open(s.dataDir, ledger.Options{TrustDomain: td.Name(), ProgramVersion: version, Retention: c.Ledger.Retention.Std(),
+		ArchiveDir: c.Ledger.ArchiveDir, Logger: s.log, OnCommit: counters.Commit})
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, book.Close)
+	root, err := file.OpenRoot(file.RootOptions{Dir: c.Root.File.Dir, TrustDomain: td.Name(), KeySpec: ca.KeySpec(c.Root.File.KeyType),
+		Lifetime: c.Root.File.Lifetime.Std(), PassphraseFile: c.Root.File.PassphraseFile, Logger: s.log})
+	if err != nil {
+		return fmt.Errorf("opening the root: %w", err)
+	}
+	coverage := ledger.Coverage{Kind: "since", Since: ledger.At(time.Now())}
+	if root.Created() {
+		coverage = ledger.Coverage{Kind: "complete"}
+	}
+	keys, err := file.OpenKeyStore(file.KeyStoreOptions{Dir: filepath.Join(s.dataDir, "keys"), PassphraseFile: c.IssuingCA.PassphraseFile})
+	if err != nil {
+		return fmt.Errorf("opening the key store: %w", err)
+	}
+	profiles, err := c.SigningProfiles()
+	if err != nil {
+		return err
+	}
+	others, err := readCertificates(c.Callers.ClientCertificates.OtherIssuers)
+	if err != nil {
+		return err
+	}
+	clock := ca.SystemClock()
+	guarded, err := ca.OpenGuardedClock(filepath.Join(s.dataDir, "clock.json"), clock)
+	if err != nil {
+		return err
+	}
+	s.ca, err = ca.Open(ctx, ca.Options{
+		TrustDomain: td, Ledger: book, Root: root, RootCoverage: coverage, Keys: keys, Profiles: profiles,
+		IssuingLifetime: c.IssuingCA.Lifetime.Std(), IssuingKey: ca.KeySpec(c.IssuingCA.KeyType), OtherIssuers: others,
+		Clock: clock, Guarded: guarded, Logger: s.log,
+	})
+	return err
+}
+
+// open starts every door.
+func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *prometheus.Registry, join *authn.JoinTokens) error {
+	c := s.config
+	tracing, err := openTracing(ctx, c.Tracing, s.log)
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, tracing.close)
+	certificate, err := serving.New(ctx, s.ca, c.CSR.ServerNames, c.CSR.ServerCertificateTTL.Std(), s.log)
+	if err != nil {
+		return err
+	}
+	if err := s.writeRoots(); err != nil {
+		return err
+	}
+	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Timeout: c.CSR.CallTimeout.Std()}
+	s.grpc, s.health = istio.NewGRPCServer(door, certificate.TLS(), istio.Connections{
+		MaxAge: c.CSR.MaxConnectionAge.Std(), MaxAgeGrace: c.CSR.MaxConnectionAgeGrace.Std(), MinPing: c.CSR.KeepaliveMinTime.Std(),
+		Ping: c.CSR.KeepaliveTime.Std(), PingTimeout: c.CSR.KeepaliveTimeout.Std(), Reflection: c.CSR.Reflection, Stats: tracing.stats,
+	})
+	csr, err := listen("csr.listen", c.CSR.Listen)
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, csr.Close)
+	operations, err := listen("operations.listen", c.Operations.Listen)
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, operations.Close)
+	socket, err := admin.Listen(filepath.Join(s.dataDir, "admin.sock"))
+	if err != nil {
+		return err
+	}
+	s.csrAddr, s.opsAddr = csr.Addr().String(), operations.Addr().String()
+	s.ready = &ops.Readiness{Probe: s.ca.Ready}
+	if err := s.ready.Check(); err != nil {
+		return errors.Join(fmt.Errorf("the CA is not ready: %w", err), socket.Close())
+	}
+
+	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s.cancel = cancel
+	s.run("authorities", func() error { return s.ca.Run(background) })
+	s.run("token issuers", func() error { return s.authn.Run(background) })
+	s.run("serving certificate", func() error { return certificate.Run(background) })
+	s.run("root certificate file", func() error { return s.keepRoots(background) })
+	s.run("gRPC health", func() error { return s.keepHealth(background) })
+	s.run("CSR API", func() error { return s.grpc.Serve(csr) })
+	s.serveHTTP("health and metrics", ops.NewServer(s.ready, s.problems, registry), operations)
+	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status}
+	s.serveHTTP("admin socket", desk.HTTP(), socket)
+	return nil
+}
+
+// listen opens a TCP port; key is the configuration's, for whoever has to change it.
+func listen(key, address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: stop what uses the address, or name another", key, err)
+	}
+	return l, nil
+}
+
+// run starts something that ends only with the server.
+func (s *server) run(what string, f func() error) {
+	s.running.Add(1)
+	go func() {
+		defer s.running.Done()
+		if err := f(); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, context.Canceled) {
+			select {
+			case s.failures <- fmt.Errorf("%s: %w", what, err):
+			default:
+				s.log.Error("failed while stopping", "what", what, "error", err)
+			}
+		}
+	}()
+}
+
+func (s *server) serveHTTP(what string, h *http.Server, l net.Listener) {
+	h.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)
+	s.http = append(s.http, h)
+	s.run(what, func() error { return h.Serve(l) })
+}
+
+// wait runs until ctx ends or something fails that must not, and then stops in good order: unready first, then the calls in flight
+// are answered, then everything else.
+func (s *server) wait(ctx context.Context) error {
+	var failed error
+	select {
+	case <-ctx.Done():
+		s.log.Info("stopping: calls in flight are answered")
+	case failed = <-s.failures:
+		s.log.Error("stopping: something failed that the CA cannot do without", "error", failed)
+	}
+	s.ready.Drain()
+	s.health.Shutdown()
+	stopped := make(chan struct{})
+	go func() {
+		s.grpc.GracefulStop()
+		close(stopped)
+	}()
+	timer := time.NewTimer(stopLimit)
+	select {
+	case <-stopped:
+	case <-timer.C:
+		s.log.Warn("calls were cut off, since they took too long", "limit", stopLimit)
+		s.grpc.Stop()
+		<-stopped
+	}
+	timer.Stop()
+	err := errors.Join(failed, s.close())
+	s.log.Info("stopped")
+	return err
+}
+
+// close ends everything that was started.
+func (s *server) close() error {
+	var errs []error
+	if s.cancel != nil {
+		s.cancel()
+	}
+	limit, cancel := context.WithTimeout(context.Background(), stopLimit)
+	defer cancel()
+	for _, h := range s.http {
+		errs = append(errs, h.Shutdown(limit))
+	}
+	s.running.Wait()
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		if err := s.closers[i](); err != nil && !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// rootFile is where the trust bundle stands for whoever needs it on this machine.
+func (s *server) rootFile() string { return filepath.Join(s.dataDir, "root-cert.pem") }
+
+func (s *server) writeRoots() error {
+	text := []byte(s.ca.Bundle().PEM)
+	if before, err := os.ReadFile(s.rootFile()); err == nil && string(before) == string(text) {
+		return nil
+	}
+	return atomicfile.Write(s.rootFile(), text)
+}
+
+// keepRoots writes the file anew when the bundle changes.
+func (s *server) keepRoots(ctx context.Context) error {
+	for {
+		changed := s.ca.Changed()
+		if err := s.writeRoots(); err != nil {
+			s.log.Error("the root certificate file is not up to date", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// keepHealth lets gRPC's health service say what /readyz says.
+func (s *server) keepHealth(ctx context.Context) error {
+	ticker := time.NewTicker(5 * time.Second)
+	defer ticker.Stop()
+	for {
+		state := grpc_health_v1.HealthCheckResponse_SERVING
+		if s.ready.Check() != nil {
+			state = grpc_health_v1.HealthCheckResponse_NOT_SERVING
+		}
+		s.health.SetServingStatus("", state)
+		s.health.SetServingStatus("istio.v1.auth.IstioCertificateService", state)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// problems lists what is wrong though the CA goes on.
+func (s *server) problems() []error {
+	all := s.ca.Problems()
+	for _, problem := range s.authn.Problems() {
+		all = append(all, errors.New(problem))
+	}
+	return all
+}
+
+func (s *server) status() admin.Status {
+	head, bundle := s.ca.Ledger().Head(), s.ca.Bundle()
+	status := admin.Status{
+		Version: version, Started: s.started, TrustDomain: s.ca.TrustDomain().Name(), DataDir: s.dataDir, CSRAddress: s.csrAddr, OpsAddress: s.opsAddr,
+		RootFile: s.rootFile(), Root: ca.AuthorityID(bundle.Roots[0]), Log: head.Log.String(), Number: head.Number, Bundle: bundle.Sequence,
+		Problems: []string{}, LogLevel: s.level.Level().String(), Ready: true,
+	}
+	if err := s.ready.Check(); err != nil {
+		status.Ready, status.NotReady = false, err.Error()
+	}
+	for _, problem := range s.problems() {
+		status.Problems = append(status.Problems, problem.Error())
+	}
+	return status
+}
+
+// readCertificates reads every certificate of some PEM files.
+func readCertificates(paths []string) ([]*x509.Certificate, error) {
+	var all []*x509.Certificate
+	for _, path := range paths {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("callers.clientCertificates.otherIssuers: %w", err)
+		}
+		before := len(all)
+		for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+			cert, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				return nil, fmt.Errorf("callers.clientCertificates.otherIssuers: %s: %w", path, err)
+			}
+			all = append(all, cert)
+		}
+		if len(all) == before {
+			return nil, fmt.Errorf("callers.clientCertificates.otherIssuers: %s has no certificate in PEM", path)
+		}
+	}
+	return all, nil
+}

@@ -1,0 +1,171 @@
+// Package metrics holds what the front doors count: Kedge's own names, and the citadel_server_* names on which the alerts of
+// an Istio installation are built, so that they go on working when Kedge takes istiod's place.
+package metrics
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"kedge/ca"
+	"kedge/ca/ledger"
+)
+
+// Metrics are the counters of one CA. Make them with New.
+type Metrics struct {
+	requests *prometheus.CounterVec // kedge_csr_requests_total
+	duration prometheus.Histogram   // kedge_csr_duration_seconds
+	issued   *prometheus.CounterVec // kedge_certificates_issued_total
+	clamped  prometheus.Counter     // kedge_ttl_clamped_total
+
+	commitSeconds prometheus.Histogram // kedge_ledger_commit_duration_seconds
+	commitEvents  prometheus.Histogram // kedge_ledger_commit_events
+	commitFailed  prometheus.Counter   // kedge_ledger_commit_failures_total
+
+	csrCount, authFailures, csrParsing, success prometheus.Counter
+	csrSign                                     *prometheus.CounterVec
+}
+
+// New registers everything with the registry.
+func New(registry prometheus.Registerer) *Metrics {
+	counter := func(name, help string) prometheus.Counter {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+		registry.MustRegister(c)
+		return c
+	}
+	vector := func(name, help string, labels ...string) *prometheus.CounterVec {
+		c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+		registry.MustRegister(c)
+		return c
+	}
+	histogram := func(name, help string, buckets []float64) prometheus.Histogram {
+		h := prometheus.NewHistogram(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets})
+		registry.MustRegister(h)
+		return h
+	}
+	seconds := prometheus.ExponentialBuckets(0.00025, 2, 16) // 0.25 ms to 8 s
+	return &Metrics{
+		requests:      vector("kedge_csr_requests_total", "Calls of the CSR API, by how they ended.", "result"),
+		duration:      histogram("kedge_csr_duration_seconds", "Time from the call to the answer of the CSR API.", seconds),
+		issued:        vector("kedge_certificates_issued_total", "SVIDs handed out, by profile and by how the caller proved itself.", "profile", "method"),
+		clamped:       counter("kedge_ttl_clamped_total", "SVIDs that were given the profile's maximum TTL because more was asked for."),
+		commitSeconds: histogram("kedge_ledger_commit_duration_seconds", "Time of one ledger commit, until it is durable.", seconds),
+		commitEvents:  histogram("kedge_ledger_commit_events", "Events in one ledger commit.", prometheus.ExponentialBuckets(1, 2, 10)),
+		commitFailed:  counter("kedge_ledger_commit_failures_total", "Ledger commits that failed: the callers in them were refused."),
+		csrCount:      counter("citadel_server_csr_count", "The number of CSRs received by Citadel server."),
+		authFailures:  counter("citadel_server_authentication_failure_count", "The number of authentication failures."),
+		csrParsing:    counter("citadel_server_csr_parsing_err_count", "The number of errors occurred when parsing the CSR."),
+		csrSign:       vector("citadel_server_csr_sign_err_count", "The number of errors occurred when signing the CSR.", "error"),
+		success:       counter("citadel_server_success_cert_issuance_count", "The number of certificates issuances that have succeeded."),
+	}
+}
+
+// The results of a call of the CSR API.
+const (
+	ResultIssued          = "issued"
+	ResultInvalid         = "invalid"
+	ResultBadCSR          = "bad-csr"
+	ResultUnauthenticated = "unauthenticated"
+	ResultDenied          = "denied"
+	ResultUnavailable     = "unavailable"
+	ResultCanceled        = "canceled"
+	ResultInternal        = "internal"
+)
+
+// Call counts a call that ended with result after d.
+func (m *Metrics) Call(result string, d time.Duration) {
+	m.csrCount.Inc()
+	m.requests.WithLabelValues(result).Inc()
+	m.duration.Observe(d.Seconds())
+	switch result {
+	case ResultIssued:
+		m.success.Inc()
+	case ResultBadCSR:
+		m.csrParsing.Inc()
+	case ResultUnauthenticated, ResultDenied:
+		m.authFailures.Inc()
+	case ResultInvalid, ResultUnavailable, ResultInternal:
+		m.csrSign.WithLabelValues(result).Inc()
+	}
+}
+
+// Issued counts an SVID.
+func (m *Metrics) Issued(profile, method string, clamped bool) {
+	m.issued.WithLabelValues(profile, method).Inc()
+	if clamped {
+		m.clamped.Inc()
+	}
+}
+
+// Commit counts a commit of the ledger.
+func (m *Metrics) Commit(c ledger.Commit) {
+	if c.Err != nil {
+		m.commitFailed.Inc()
+		return
+	}
+	m.commitSeconds.Observe(c.Duration.Seconds())
+	m.commitEvents.Observe(float64(c.Events))
+}
+
+// Collector reads the state of a CA when it is scraped.
+type Collector struct{ CA *ca.CA }
+
+var (
+	authorityDesc = prometheus.NewDesc("kedge_authority_not_after_timestamp_seconds", "When an authority that is not removed expires.", []string{"id", "role", "state"}, nil)
+	liveDesc      = prometheus.NewDesc("kedge_live_certificates", "Unexpired certificates in the ledger's holdings.", nil, nil)
+	sequenceDesc  = prometheus.NewDesc("kedge_bundle_sequence", "Sequence number of the trust bundle.", nil, nil)
+	numberDesc    = prometheus.NewDesc("kedge_ledger_number", "Number of the ledger's last event.", nil, nil)
+	faultDesc     = prometheus.NewDesc("kedge_ledger_fault", "1 while the ledger takes no event.", nil, nil)
+	problemsDesc  = prometheus.NewDesc("kedge_problems", "How many things are wrong though the CA goes on: see kedge doctor.", nil, nil)
+	rootDesc      = prometheus.NewDesc("citadel_server_root_cert_expiry_timestamp", "The unix timestamp, in seconds, when the root cert will expire.", nil, nil)
+	chainDesc     = prometheus.NewDesc("citadel_server_cert_chain_expiry_timestamp", "The unix timestamp, in seconds, when the cert chain will expire.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (c Collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, rootDesc, chainDesc} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c Collector) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	authorities, err := c.CA.Authorities()
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(authorityDesc, err)
+		return
+	}
+	var live uint64
+	var root, chain time.Time
+	for _, a := range authorities {
+		if a.State == ledger.StateRemoved {
+			continue
+		}
+		gauge(authorityDesc, float64(a.NotAfter.Unix()), a.ID.String()[:16], a.Role.String(), a.State.String())
+		switch {
+		case a.Role == ledger.RoleRoot:
+			live += a.LiveSVIDs
+			if root.IsZero() || a.NotAfter.Before(root) {
+				root = a.NotAfter
+			}
+		case a.State == ledger.StateActive:
+			chain = a.NotAfter
+		}
+	}
+	gauge(liveDesc, float64(live))
+	gauge(sequenceDesc, float64(c.CA.Bundle().Sequence))
+	gauge(numberDesc, float64(c.CA.Ledger().Head().Number))
+	var fault float64
+	if c.CA.Ledger().Fault() != nil {
+		fault = 1
+	}
+	gauge(faultDesc, fault)
+	gauge(problemsDesc, float64(len(c.CA.Problems())))
+	gauge(rootDesc, float64(root.Unix()))
+	if !chain.IsZero() {
+		gauge(chainDesc, float64(chain.Unix()))
+	}
+}

@@ -1,0 +1,112 @@
+package file
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// maxFile is the largest file that is read, in octets. An encrypted RSA-4096 key has about 3,400.
+const maxFile = 64 << 10
+
+// temporary matches the names that atomicfile gives to files while it writes them. One that is found at start was left by a crash.
+const temporary = ".*.pem.*"
+
+// prepareFolder makes the folder if need be, makes sure that nobody else may put files into it, and removes what a crash left.
+func prepareFolder(dir string) error {
+	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("making the folder %s for keys: %w", dir, err)
+		}
+		return syncFolder(filepath.Dir(dir))
+	}
+	if err != nil {
+		return fmt.Errorf("looking at the folder %s for keys: %w", dir, err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%s is meant to be a folder for keys and is a file: name another folder, or move the file away", dir)
+	}
+	if info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("the folder %s holds keys and others may write to it (mode %#o): run 'chmod 700 %s'", dir, info.Mode().Perm(), dir)
+	}
+	left, err := filepath.Glob(filepath.Join(escapeGlob(dir), temporary))
+	if err != nil {
+		return fmt.Errorf("looking for what a crash may have left in %s: %w", dir, err)
+	}
+	for _, path := range left {
+		if err := os.Remove(path); err != nil {
+			return fmt.Errorf("removing %s, which a crash left: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// escapeGlob makes a path that filepath.Glob takes literally.
+func escapeGlob(path string) string {
+	escaped := make([]byte, 0, len(path))
+	for i := range len(path) {
+		switch path[i] {
+		case '*', '?', '[', '\\':
+			escaped = append(escaped, '\\')
+		}
+		escaped = append(escaped, path[i])
+	}
+	return string(escaped)
+}
+
+// syncFolder makes the names in a folder durable.
+func syncFolder(dir string) error {
+	f, err := os.Open(filepath.Clean(dir))
+	if err != nil {
+		return fmt.Errorf("flushing the folder %s to disk: %w", dir, err)
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("flushing the folder %s to disk: %w", dir, err)
+	}
+	return nil
+}
+
+// read returns a file whose mode has none of the bits of forbidden; wanted is the mode to tell the admin to set.
+func read(path string, forbidden, wanted fs.FileMode) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("reading %s: %w", path, err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("reading %s: %w", path, err)
+	}
+	switch {
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("reading %s: it is not a regular file", path)
+	case info.Mode().Perm()&forbidden != 0:
+		return nil, fmt.Errorf("%s is a secret and others may get at it (mode %#o): find out who had it, then run 'chmod %o %s'",
+			path, info.Mode().Perm(), wanted, path)
+	case info.Size() > maxFile:
+		return nil, fmt.Errorf("reading %s: it has %d octets, more than the %d that are read: it cannot be what it should be", path, info.Size(), maxFile)
+	}
+	data := make([]byte, info.Size())
+	if _, err := io.ReadFull(f, data); err != nil {
+		clear(data)
+		return nil, fmt.Errorf("reading %s: %w", path, err)
+	}
+	return data, nil
+}
+
+// exists says whether there is a file of that name.
+func exists(path string) (bool, error) {
+	_, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("looking for %s: %w", path, err)
+	}
+	return true, nil
+}

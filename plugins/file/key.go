@@ -1,0 +1,151 @@
+package file
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"strings"
+
+	"kedge/ca"
+	"kedge/ca/atomicfile"
+)
+
+// The PEM types of a key file (RFC 7468 10 and 11).
+const (
+	clearType  = "PRIVATE KEY"
+	sealedType = "ENCRYPTED PRIVATE KEY"
+)
+
+// generate makes a key.
+func generate(spec ca.KeySpec) (crypto.Signer, error) {
+	switch spec {
+	case ca.P256:
+		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	case ca.P384:
+		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	case ca.RSA2048:
+		return rsa.GenerateKey(rand.Reader, 2048)
+	case ca.RSA3072:
+		return rsa.GenerateKey(rand.Reader, 3072)
+	case ca.RSA4096:
+		return rsa.GenerateKey(rand.Reader, 4096)
+	}
+	return nil, fmt.Errorf("the key type %q is unknown: use %s, %s, %s, %s or %s", spec, ca.P256, ca.P384, ca.RSA2048, ca.RSA3072, ca.RSA4096)
+}
+
+// checkKey allows the public keys that CAs have here.
+func checkKey(pub crypto.PublicKey) error {
+	switch pub := pub.(type) {
+	case *ecdsa.PublicKey:
+		if pub.Curve == elliptic.P256() || pub.Curve == elliptic.P384() {
+			return nil
+		}
+		return fmt.Errorf("its curve is %s: a CA's key is on P-256 or P-384", pub.Curve.Params().Name)
+	case *rsa.PublicKey:
+		if bits := pub.N.BitLen(); bits < 2048 || bits > 4096 {
+			return fmt.Errorf("it is an RSA key of %d bits: a CA's has 2048 to 4096", bits)
+		}
+		return nil
+	case nil:
+		return errors.New("there is none")
+	}
+	return fmt.Errorf("it is a %T: a CA's key is RSA or ECDSA", pub)
+}
+
+// writeKey puts a key into a file, encrypted when there is a passphrase.
+func writeKey(path string, key crypto.Signer, p passphrase) error {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return fmt.Errorf("encoding the key for %s: %w", path, err)
+	}
+	defer clear(der)
+	block := &pem.Block{Type: clearType, Bytes: der}
+	if p.path != "" {
+		phrase, err := p.read()
+		if err != nil {
+			return err
+		}
+		defer clear(phrase)
+		encrypted, err := seal(der, phrase, iterations)
+		if err != nil {
+			return fmt.Errorf("encrypting the key for %s: %w", path, err)
+		}
+		block = &pem.Block{Type: sealedType, Bytes: encrypted}
+	}
+	text := pem.EncodeToMemory(block)
+	defer clear(text)
+	return atomicfile.Write(path, text)
+}
+
+// readKey reads a key file.
+func readKey(path string, p passphrase) (crypto.Signer, error) {
+	text, err := read(path, 0o077, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("the key file: %w", err)
+	}
+	defer clear(text)
+	key, err := decodeKey(path, text, p)
+	if err != nil {
+		return nil, fmt.Errorf("the key file %s: %w", path, err)
+	}
+	return key, nil
+}
+
+// decodeKey reads the text of a key file. The path is only for what to do about it.
+func decodeKey(path string, text []byte, p passphrase) (crypto.Signer, error) {
+	block, rest := pem.Decode(text)
+	if block == nil {
+		return nil, fmt.Errorf("it is not PEM: restore it from a backup")
+	}
+	defer clear(block.Bytes)
+	if strings.TrimSpace(string(rest)) != "" {
+		return nil, errors.New("its PEM block is followed by further data: it must hold one key and nothing else")
+	}
+	der := block.Bytes
+	switch {
+	case block.Type == clearType && p.path != "":
+		return nil, fmt.Errorf("it is not encrypted although a passphrase file is configured: encrypt it with 'openssl pkcs8 -topk8 "+
+			"-v2 aes-256-cbc -v2prf hmacWithSHA256 -iter %d -in %s -passout file:%s -out NEW', move NEW to its place, and wipe the old one",
+			iterations, path, p.path)
+	case block.Type == sealedType && p.path == "":
+		return nil, errors.New("it is encrypted and no passphrase file is configured: name the passphrase file in the configuration")
+	case block.Type == sealedType:
+		s, err := parseSealed(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%w: write it anew with 'openssl pkcs8 -topk8 -v2 aes-256-cbc'", err)
+		}
+		phrase, err := p.read()
+		if err != nil {
+			return nil, err
+		}
+		defer clear(phrase)
+		if der, err = s.open(phrase); err != nil {
+			return nil, fmt.Errorf("with the passphrase of %s: %w", p.path, err)
+		}
+		defer clear(der)
+	case block.Type != clearType:
+		return nil, fmt.Errorf("it is a PEM block %.40q: convert it with 'openssl pkcs8 -topk8 -nocrypt -in %s -out NEW', "+
+			"or without -nocrypt to encrypt it", block.Type, path)
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		if block.Type == sealedType {
+			return nil, fmt.Errorf("with the passphrase of %s: %w", p.path, errPassphrase) // one wrong passphrase in 256 gives a valid padding
+		}
+		return nil, fmt.Errorf("it holds no PKCS#8 key: %w", err)
+	}
+	key, ok := parsed.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("its key (%T) cannot sign", parsed)
+	}
+	if err := checkKey(key.Public()); err != nil {
+		return nil, fmt.Errorf("its key cannot be used: %w", err)
+	}
+	return key, nil
+}

@@ -1,0 +1,30 @@
+package file
+
+import (
+	"bytes"
+	"fmt"
+)
+
+// passphrase says where the passphrase of key files is. It is read anew for every key and wiped after it, so that it is in
+// memory only for moments and may be changed without a restart.
+type passphrase struct {
+	path string // "": keys are not encrypted
+}
+
+// read returns the passphrase; the caller wipes it. The file holds one line, whose end is not part of the passphrase
+// (as for openssl's -passin file:). The group may read it, because Kubernetes gives a mounted secret to the pod's fsGroup so.
+func (p passphrase) read() ([]byte, error) {
+	text, err := read(p.path, 0o037, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("the passphrase file: %w", err)
+	}
+	line := bytes.TrimSuffix(bytes.TrimSuffix(text, []byte("\n")), []byte("\r"))
+	switch {
+	case len(line) == 0:
+		return nil, fmt.Errorf("the passphrase file %s is empty: write one line with the passphrase into it, or configure none", p.path)
+	case bytes.ContainsAny(line, "\n\x00"):
+		clear(text)
+		return nil, fmt.Errorf("the passphrase file %s has more than one line, or a NUL: write one line of text into it", p.path)
+	}
+	return line, nil
+}

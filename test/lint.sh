@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What a reader may rely on in every file.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+failed=0
+complain() { echo "lint: $*" >&2; failed=1; }
+
+unformatted=$(git ls-files --cached --others --exclude-standard '*.go' | xargs -r gofmt -l)
+[ -z "$unformatted" ] || complain "run gofmt -w on: $unformatted"
+
+# A test that cannot run fails; it is not passed over. One place decides about that on a developer's machine.
+skips=$(git grep -nE '\b[tbf]\.Skip(f|Now)?\(' -- '*_test.go' || true)
+[ -z "$skips" ] || complain "tests that skip themselves:"$'\n'"$skips"
+sleeps=$(git grep -nE 'time\.Sleep\(' -- '*.go' || true)
+[ -z "$sleeps" ] || complain "time.Sleep:"$'\n'"$sleeps"
+
+# ca knows no transport and no vendor; imports point inward.
+vendors='"(google\.golang\.org/grpc|istio\.io|github\.com/hashicorp|github\.com/miekg|k8s\.io|net/http|github\.com/prometheus)'
+outward=$(git grep -nE "$vendors" -- 'ca/*.go' || true)
+[ -z "$outward" ] || complain "ca knows a transport or a vendor:"$'\n'"$outward"
+outward=$(git grep -nE '"kedge/(issuer|plugins|hsm|cmd)' -- 'ca/*.go' 'hsm/*.go' || true)
+[ -z "$outward" ] || complain "imports that point outward:"$'\n'"$outward"
+
+go vet ./...
+go -C test/lint tool -n staticcheck >/dev/null
+"$(go -C test/lint tool -n staticcheck)" ./...
+go -C test/istio vet ./...
+go mod verify >/dev/null
+go mod tidy -diff
+[ $failed = 0 ] && echo "lint: good"
+exit $failed
