@@ -97,7 +97,7 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 // prepare records the new authority: trusted, not signing. A crash right after leaves it so.
 func (c *CA) prepare(ctx context.Context, next *authority) error {
 	founded := next.record.Founded
-	if _, err := c.ledger.Append(ctx, &ledger.Authority{ID: next.record.ID, TrustDomain: c.td.Name(), To: ledger.StatePrepared, Reason: "renewal", By: "kedge", Record: &founded}); err != nil {
+	if _, err := c.ledger.Append(ctx, &ledger.Authority{ID: next.record.ID, TrustDomain: c.td.Name(), To: ledger.StatePrepared, Reason: "made to sign", By: "kedge", Record: &founded}); err != nil {
 		return fmt.Errorf("recording the new issuing CA: %w", errors.Join(err, c.keys.Delete(context.WithoutCancel(ctx), founded.KeyRef)))
 	}
 	return nil

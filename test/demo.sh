@@ -12,7 +12,7 @@ finish() {
 trap finish EXIT
 cd "$work"
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+say() { if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s\n' "$*"; fi; }
 
 # The default configuration, but for the ports: any that are free, so that the demo gets in nobody's way.
 cat > kedge.yaml <<'YAML'

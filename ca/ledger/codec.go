@@ -98,10 +98,11 @@ func unseal(raw []byte) (e envelope, body []byte, err error) {
 	return e, r.rest, nil
 }
 
-// The major types of CBOR (RFC 8949 3.1) that the envelope uses.
+// The major types of CBOR (RFC 8949 3.1) that are written or read here by hand.
 const (
 	majorUint  = 0
 	majorBytes = 2
+	majorText  = 3
 	majorArray = 4
 )
 

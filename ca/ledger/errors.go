@@ -24,6 +24,11 @@ type damaged struct{ err error }
 func (d damaged) Error() string { return d.err.Error() }
 func (d damaged) Unwrap() error { return d.err }
 
+func isDamaged(err error) bool {
+	var broken damaged
+	return errors.As(err, &broken)
+}
+
 // storeError is an error of the file below, as opposed to a draft that was refused: it makes the ledger faulted.
 type storeError struct{ err error }
 

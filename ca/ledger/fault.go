@@ -58,7 +58,7 @@ func (l *Ledger) fail(cause error) error {
 	return f.err
 }
 
-// heal tries until the file is sound and can be written, or the ledger is closed. It is the writer's: nothing else writes meanwhile.
+// heal tries until the file is sound and can be written, is found to be damaged, or the ledger is closed. It is the writer's: nothing else writes meanwhile.
 func (l *Ledger) heal() {
 	noted := ""
 	for wait := healFirst; ; wait = min(2*wait, healLast) {
@@ -74,6 +74,14 @@ func (l *Ledger) heal() {
 		if err == nil {
 			l.fault.Store(nil)
 			l.o.Logger.Info("the ledger is verified and can be written again", "file", l.path, "number", l.Head().Number)
+			return
+		}
+		if isDamaged(err) {
+			// What was just read from the disk does not get better by reading it again: that takes an admin, and a restart.
+			l.fault.Store(&fault{err: fmt.Errorf("%w: %w", ErrUnavailable, l.damage(err))})
+			l.o.Logger.Error("the ledger stays faulted", "error", l.Fault())
+			l.drain()
+			<-l.closing
 			return
 		}
 		if text := err.Error(); text != noted { // each step once, not each try
@@ -138,11 +146,7 @@ func (l *Ledger) recover() error {
 		return sound(tx)
 	})
 	if err != nil {
-		var broken damaged
-		if errors.As(err, &broken) {
-			l.fault.Store(&fault{err: fmt.Errorf("%w: %w", ErrUnavailable, l.damage(err))})
-		}
-		l.writable = false // what was read is not to be trusted: read it anew
+		l.writable = false // read it anew
 		return err
 	}
 	if err := l.probe(); err != nil {

@@ -9,6 +9,7 @@ import (
 )
 
 func TestAnIssueNeedsAnActiveAuthorityAndABundleAboveTheFloor(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	next := founding("next", RoleIssuing, StatePrepared)
 	old := founding("old", RoleIssuing, StatePrepared)
@@ -39,6 +40,7 @@ func TestAnIssueNeedsAnActiveAuthorityAndABundleAboveTheFloor(t *testing.T) {
 }
 
 func TestAnAuthorityOnlyGoesItsWays(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name   string
 		events func(id Hash, enter *Authority) []Body
@@ -68,6 +70,7 @@ func TestAnAuthorityOnlyGoesItsWays(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			h := newHouse(t)
 			enter := founding("x", RoleIssuing, StatePrepared)
 			_, err := h.Append(context.Background(), test.events(enter.ID, enter)...)
@@ -86,6 +89,7 @@ func TestAnAuthorityOnlyGoesItsWays(t *testing.T) {
 }
 
 func TestATaintStays(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	taint := move(h.ca.ID, StateActive, StateActive)
 	taint.Tainted = true
@@ -101,6 +105,7 @@ func TestATaintStays(t *testing.T) {
 }
 
 func TestBundlesAreNumberedWithoutGapsAndTheFloorNeverFalls(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	h.refused(ErrConflict, bundle(1, 1))
 	h.refused(ErrConflict, bundle(3, 1))
@@ -126,6 +131,7 @@ func TestBundlesAreNumberedWithoutGapsAndTheFloorNeverFalls(t *testing.T) {
 }
 
 func TestNothingIsRecordedTwice(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	issue := h.issue()
 	n := h.must(issue)
@@ -144,6 +150,7 @@ func TestNothingIsRecordedTwice(t *testing.T) {
 }
 
 func TestAConfirmationRetiresWhatTheCertificateReplaces(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	ctx := context.Background()
 	confirm := func(n uint64) uint64 {
@@ -202,6 +209,7 @@ func TestAConfirmationRetiresWhatTheCertificateReplaces(t *testing.T) {
 }
 
 func TestASingleUseTokenIsSpentOnceButALostResponseStrandsNobody(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	const id = "spiffe://cluster.local/vm/1"
 	h.must(&Token{ID: "t", SPIFFEID: id, Expires: h.clock.at() + 3600, By: "uid=0"})
@@ -239,6 +247,7 @@ func TestASingleUseTokenIsSpentOnceButALostResponseStrandsNobody(t *testing.T) {
 }
 
 func TestASpentTokenIsNotRedeemedAgain(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name  string
 		token Token
@@ -257,6 +266,7 @@ func TestASpentTokenIsNotRedeemedAgain(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			h := newHouse(t)
 			token := test.token
 			token.ID, token.SPIFFEID, token.Expires, token.By = "t", "spiffe://cluster.local/vm/1", h.clock.at()+3600, "uid=0"
@@ -285,6 +295,7 @@ func TestASpentTokenIsNotRedeemedAgain(t *testing.T) {
 
 // Two machines with one token: exactly as many redemptions as allowed win, whatever the order.
 func TestOneCommitDecidesWhoSpendsAToken(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	const id = "spiffe://cluster.local/vm/1"
 	h.must(&Token{ID: "t", SPIFFEID: id, Expires: h.clock.at() + 3600, By: "uid=0"})
@@ -310,6 +321,7 @@ func TestOneCommitDecidesWhoSpendsAToken(t *testing.T) {
 }
 
 func TestWhatCannotBeReadBackIsNotRecorded(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	tests := map[string][]Body{
 		"nothing":               {},

@@ -137,8 +137,7 @@ func (l *Ledger) create() error {
 
 // damage tells what to do about a file that cannot be opened.
 func (l *Ledger) damage(err error) error {
-	var broken damaged
-	if errors.As(err, &broken) {
+	if isDamaged(err) {
 		return fmt.Errorf("the ledger %s is damaged: %w; it is not repaired by itself: stop here, keep the file, and restore the data folder from a backup",
 			l.path, err)
 	}

@@ -198,6 +198,7 @@ func (a *awaitLog) Handle(_ context.Context, r slog.Record) error {
 const healed = "the ledger is verified and can be written again"
 
 func TestEventsReadBackAsTheyWereAppended(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	ctx := context.Background()
 	token := &Token{ID: "t1", SPIFFEID: "spiffe://cluster.local/vm", Expires: h.clock.at() + 600, By: "uid=0"}
@@ -243,6 +244,7 @@ func TestEventsReadBackAsTheyWereAppended(t *testing.T) {
 
 // An issue event is what there are millions of.
 func TestAnIssueEventIsSmall(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	encoded, err := encodeBody(h.issue())
 	if err != nil {
@@ -256,6 +258,7 @@ func TestAnIssueEventIsSmall(t *testing.T) {
 }
 
 func TestNumbersHaveNoGapsUnderManyAppenders(t *testing.T) {
+	t.Parallel()
 	var commits, events atomic.Int64
 	h := newHouse(t, func(o *Options) {
 		o.OnCommit = func(c Commit) { commits.Add(1); events.Add(int64(c.Events)) }
@@ -307,6 +310,7 @@ func TestNumbersHaveNoGapsUnderManyAppenders(t *testing.T) {
 
 // Whatever is appended in whatever order, with the file opened anew in between: the holdings equal a recount made by other means.
 func TestHoldingsEqualARecount(t *testing.T) {
+	t.Parallel()
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
@@ -396,6 +400,7 @@ func TestHoldingsEqualARecount(t *testing.T) {
 }
 
 func TestAWaitingAppendCanBeWithdrawn(t *testing.T) {
+	t.Parallel()
 	release, entered := make(chan struct{}), make(chan struct{})
 	var hold atomic.Bool
 	h := newHouse(t, func(o *Options) {
@@ -436,6 +441,7 @@ func TestAWaitingAppendCanBeWithdrawn(t *testing.T) {
 }
 
 func TestCloseRefusesWhatWaits(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	var group sync.WaitGroup
 	for range 16 {
@@ -473,6 +479,7 @@ func TestCloseRefusesWhatWaits(t *testing.T) {
 }
 
 func TestTheTimeOfEventsNeverGoesBack(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	before := h.clock.at()
 	h.clock.advance(-24 * time.Hour)

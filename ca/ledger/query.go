@@ -34,19 +34,19 @@ type Filter struct {
 // matcher decides about stored events, and rejects most of them without decoding their body.
 type matcher struct {
 	filter  Filter
-	needles [][]byte // what a matching event contains somewhere
+	needles [][]byte // CBOR strings that a matching event contains
 }
 
 func newMatcher(f Filter) matcher {
 	m := matcher{filter: f}
 	if f.SPIFFEID != "" {
-		m.needles = append(m.needles, []byte(f.SPIFFEID))
+		m.needles = append(m.needles, append(appendHead(nil, majorText, uint64(len(f.SPIFFEID))), f.SPIFFEID...))
 	}
 	if len(f.Serial) > 0 {
-		m.needles = append(m.needles, f.Serial)
+		m.needles = append(m.needles, append(appendHead(nil, majorBytes, uint64(len(f.Serial))), f.Serial...))
 	}
 	if !f.Authority.IsZero() {
-		m.needles = append(m.needles, f.Authority[:])
+		m.needles = append(m.needles, append(appendHead(nil, majorBytes, uint64(len(f.Authority))), f.Authority[:]...))
 	}
 	return m
 }

@@ -10,6 +10,7 @@ import (
 )
 
 func TestEventsAreFiltered(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t) // events 1 to 3
 	start := h.clock.at()
 	var issues []*Issue
@@ -66,6 +67,7 @@ func TestEventsAreFiltered(t *testing.T) {
 
 // Longer than one read transaction, in both directions, with appends, a handle swap and an early end in between.
 func TestALongReadEndsWhereItBegan(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	var bodies []Body
 	for range maxDraft {
@@ -112,6 +114,7 @@ func TestALongReadEndsWhereItBegan(t *testing.T) {
 func (h *house) reopenHandle() error { return h.Ledger.reopen() }
 
 func TestAnIssueIsFoundBySerialWhateverTheClockDid(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	type sample struct {
 		issue  *Issue

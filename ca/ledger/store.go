@@ -82,7 +82,11 @@ func toNumber(b []byte) uint64 {
 func contain(fn func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
-		if reason := recover(); reason != nil {
+		switch reason := recover().(type) {
+		case nil:
+		case interface{ Addr() uintptr }: // what the disk does not give to a map into memory
+			err = fmt.Errorf("the file cannot be read from the disk: %v", reason)
+		default:
 			err = damaged{fmt.Errorf("the file's structure is damaged: %v", reason)}
 		}
 	}()
@@ -170,7 +174,7 @@ func openStore(path string, readOnly bool) (db *bolt.DB, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var file *os.File // bbolt loses it when it panics
+	var file *os.File // lost when bbolt panics
 	options := &bolt.Options{
 		Timeout: lockTimeout, ReadOnly: readOnly, NoFreelistSync: true, FreelistType: bolt.FreelistMapType, InitialMmapSize: initialMap,
 		OpenFile: func(name string, flag int, mode os.FileMode) (*os.File, error) {
@@ -184,14 +188,16 @@ func openStore(path string, readOnly bool) (db *bolt.DB, err error) {
 			return nil, err
 		}
 	}
+	returned := false
 	err = contain(func() (err error) {
 		db, err = bolt.Open(path, 0o600, options)
+		returned = true
 		return err
 	})
-	var broken damaged
 	switch {
-	case errors.As(err, &broken) && file != nil:
-		file.Close() // the error before it is the one to report
+	case !returned && file != nil:
+		// The map that bbolt made stays, and would keep the lock.
+		err = errors.Join(err, unix.Flock(int(file.Fd()), unix.LOCK_UN), file.Close())
 	case errors.Is(err, bolterrors.ErrTimeout):
 		err = fmt.Errorf("another process has it open (waited %v for its lock)", lockTimeout)
 	}

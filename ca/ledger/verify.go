@@ -293,8 +293,7 @@ func (r *replay) compare(tx *bolt.Tx) error {
 	} {
 		err := r.l.table(tx, table.name).ForEach(func(key, value []byte) error {
 			err := table.compare(key, value)
-			var broken damaged
-			if errors.As(err, &broken) {
+			if isDamaged(err) {
 				r.problem("%v", err)
 				return nil
 			}

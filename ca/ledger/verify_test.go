@@ -33,6 +33,7 @@ func fill(t *testing.T) *house {
 }
 
 func TestVerifyFindsWhatWasTamperedWith(t *testing.T) {
+	t.Parallel()
 	flip := func(b []byte, at int) []byte {
 		b = bytes.Clone(b)
 		b[at] ^= 1
@@ -126,6 +127,7 @@ func TestVerifyFindsWhatWasTamperedWith(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			dir := t.TempDir()
 			if err := os.CopyFS(dir, os.DirFS(original.dir)); err != nil {
 				t.Fatal(err)
@@ -145,6 +147,7 @@ func TestVerifyFindsWhatWasTamperedWith(t *testing.T) {
 }
 
 func TestVerifyWorksWhileEventsAreAppended(t *testing.T) {
+	t.Parallel()
 	h := fill(t)
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {

@@ -2,7 +2,6 @@ package ledger
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -205,8 +204,7 @@ func (l *Ledger) attempt(drafts []*draft, errs []error) (b *batch, again bool, e
 		if !refused(err) {
 			return nil, false, err
 		}
-		var broken damaged
-		if errors.As(err, &broken) {
+		if isDamaged(err) {
 			err = fmt.Errorf("%w: %w; run 'kedge ledger verify'", ErrUnavailable, err)
 		}
 		errs[i] = err

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/structpb"
 	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/ca"
@@ -93,11 +94,17 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 		return nil, caller, err
 	}
 	caller = authenticated
-	fields := request.GetMetadata().GetFields()
-	if identity := fields[impersonatedIdentity].GetStringValue(); identity != "" {
+	identity, err := metadataText(request, impersonatedIdentity)
+	if err != nil {
+		return nil, caller, err
+	}
+	if identity != "" {
 		return nil, caller, ca.Denied(fmt.Errorf("%s asks for a certificate in the name of %.256q: nobody is authorised to do that", caller.ID, identity))
 	}
-	profile := fields[certSigner].GetStringValue()
+	profile, err := metadataText(request, certSigner)
+	if err != nil {
+		return nil, caller, err
+	}
 	issued, err = s.CA.Issue(ctx, caller, ca.Request{CSR: []byte(request.GetCsr()), TTL: ca.Seconds(request.GetValidityDuration()),
 		Profile: profile, Delivery: ledger.DeliveryResponse, RequestID: id})
 	if err == nil {
@@ -107,6 +114,18 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 		s.Metrics.Issued(profile, caller.Proofs[0].Method, issued.ClampedFrom > 0)
 	}
 	return issued, caller, err
+}
+
+// metadataText reads a field of the request's metadata. One that is not a text is refused rather than passed over.
+func metadataText(request *pb.IstioCertificateRequest, name string) (string, error) {
+	field, ok := request.GetMetadata().GetFields()[name]
+	if !ok {
+		return "", nil
+	}
+	if text, ok := field.GetKind().(*structpb.Value_StringValue); ok {
+		return text.StringValue, nil
+	}
+	return "", ca.Invalid(fmt.Errorf("metadata.%s is not a string", name))
 }
 
 // callerOf takes from a call what may prove who is asking.

@@ -52,7 +52,7 @@ func (a *agent) start(t *testing.T, environment ...string) {
 // identity is what the agent has in its files.
 type identity struct {
 	chain []*x509.Certificate // the leaf first; without the roots
-	roots []byte
+	roots []byte              // of root-cert.pem, without the line end, which the agent drops when it merges further anchors in
 	key   any
 }
 
@@ -75,7 +75,7 @@ func (a *agent) read() (*identity, error) {
 	if err != nil {
 		return nil, err
 	}
-	id := &identity{roots: roots, key: pair.PrivateKey}
+	id := &identity{roots: bytes.TrimSpace(roots), key: pair.PrivateKey}
 	for _, der := range pair.Certificate {
 		cert, err := x509.ParseCertificate(der)
 		if err != nil {

@@ -11,7 +11,7 @@ if [ ! -x "$bin" ]; then
 	new=$(mktemp "$dir/.new.XXXXXX")
 	trap 'rm -f "$new"' EXIT
 	echo "building pilot-agent, which takes some minutes the first time" >&2
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$new" istio.io/istio/pilot/cmd/pilot-agent >&2
+	go build -ldflags '-s -w' -o "$new" istio.io/istio/pilot/cmd/pilot-agent >&2
 	chmod 755 "$new"
 	mv "$new" "$bin"
 fi

@@ -63,6 +63,31 @@ func TestAnAgentWithoutATokenRenewsByItsClientCertificate(t *testing.T) {
 	k.checkLedger(t)
 }
 
+// A connection shows the client certificate of its handshake for as long as it lives, and the agent's renewals do not end it. When that
+// certificate expires the CA must refuse it, and the agent, which then connects anew, must be served.
+func TestAnAgentGoesOnWhenItsConnectionOutlivesItsClientCertificate(t *testing.T) {
+	t.Parallel()
+	k := startKedge(t)
+	a := newAgent(t, k, k.issuer.sign(t, token{}))
+	a.start(t, "SECRET_TTL=12s", "ECC_SIGNATURE_ALGORITHM=ECDSA")
+	shown := a.waitForCertificate(t)
+	a.process.stop(t)
+	if err := os.Remove(a.tokenFile()); err != nil {
+		t.Fatal(err)
+	}
+	a.start(t, "SECRET_TTL=10s", "ECC_SIGNATURE_ALGORITHM=ECDSA", "PROV_CERT=./out")
+	seen := []*identity{shown}
+	for !seen[len(seen)-1].leaf().NotBefore.After(shown.leaf().NotAfter) {
+		seen = append(seen, a.waitForCertificate(t, seen...))
+	}
+	for _, id := range seen[1:] {
+		if r := k.recordOf(t, id.leaf()); len(r.Issue.Proofs) != 1 || r.Issue.Proofs[0].Method != "client-certificate" {
+			t.Errorf("number %d was proved by %v", r.Number, r.Issue.Proofs)
+		}
+	}
+	k.checkLedger(t)
+}
+
 // checkLinks makes sure that a chain leads to the CA's root, whatever the time is.
 func (k *kedge) checkLinks(t *testing.T, id *identity) {
 	t.Helper()

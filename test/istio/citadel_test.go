@@ -1,8 +1,12 @@
 package istio
 
 import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -113,5 +117,43 @@ func TestIstiosClientTriesAgainWhileTheCAIsAwayAndFindsItWhenItIsBack(t *testing
 	}
 	if records := k.ledger(t); len(records) != 2 {
 		t.Errorf("the ledger has %d SVIDs, and the client got 2", len(records))
+	}
+}
+
+func TestIstiosClientTriesAgainWhenTheCASaysUnavailable(t *testing.T) {
+	t.Parallel()
+	late := newIssuer(t, "https://late.example")
+	var open atomic.Bool
+	keys := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if !open.Load() {
+			http.Error(w, "not yet", http.StatusServiceUnavailable)
+			return
+		}
+		w.Write(late.jwks(t)) // a client that is gone needs no answer
+	}))
+	defer keys.Close()
+	k := startKedge(t, fmt.Sprintf("    - { name: late, kind: kubernetes, issuer: %q, jwksURL: %q }\n", late.url, keys.URL))
+	client, _ := newClient(t, k, late.sign(t, token{}))
+	defer client.Close()
+
+	if _, err := client.CSRSign(newCSR(t), 3600); err == nil || !strings.Contains(err.Error(), "code = Unavailable ") {
+		t.Errorf("CSRSign while the issuer's keys cannot be had: %v", err)
+	}
+	refusals := k.refusals()
+	if len(refusals) < 2 {
+		t.Errorf("the client tried %d times", len(refusals))
+	}
+	for _, r := range refusals {
+		if r.Result != "unavailable" || !strings.Contains(r.Reason, "503") {
+			t.Errorf("the CA's log says %q, for the reason %q", r.Result, r.Reason)
+		}
+	}
+	open.Store(true)
+	eventually(t, "the CA to have the issuer's keys", func() error {
+		_, err := client.CSRSign(newCSR(t), 3600)
+		return err
+	})
+	if records := k.ledger(t); len(records) != 1 {
+		t.Errorf("the ledger has %d SVIDs, and the client got 1", len(records))
 	}
 }

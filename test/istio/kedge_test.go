@@ -24,12 +24,11 @@ type kedge struct {
 	address    string // of the CSR API
 	operations string // of health and metrics
 	issuer     *issuer
-	process    *process
-	logs       []*process // every start, the latest last
+	process    *process // the latest start
 }
 
-// startKedge starts a CA that believes the issuer's tokens, and waits until it is ready.
-func startKedge(t *testing.T) *kedge {
+// startKedge starts a CA that believes its issuer's tokens, and those of further ones (lines of YAML), and waits until it is ready.
+func startKedge(t *testing.T, furtherIssuers ...string) *kedge {
 	t.Helper()
 	dir := t.TempDir()
 	k := &kedge{
@@ -49,7 +48,7 @@ profiles: { default: { minTTL: 2s, maxTTL: 24h } }
 callers:
   tokenIssuers:
     - { name: main, kind: kubernetes, issuer: "%s", audiences: [istio-ca], jwksFile: jwks.json }
-`, trustDomain, k.address, k.operations, k.issuer.url))
+%s`, trustDomain, k.address, k.operations, k.issuer.url, strings.Join(furtherIssuers, "")))
 	k.start(t)
 	return k
 }
@@ -58,7 +57,6 @@ callers:
 func (k *kedge) start(t *testing.T) {
 	t.Helper()
 	k.process = start(t, "kedge", k.dir, nil, kedgeBin, "serve", "--config", k.configFile)
-	k.logs = append(k.logs, k.process)
 	eventually(t, "the CA to be ready", func() error {
 		if err := k.process.running(); err != nil {
 			t.Fatal(err)

@@ -15,7 +15,7 @@ func TestIstiosSecretCacheHoldsASecretForEnvoyAndRenewsIt(t *testing.T) {
 	t.Parallel()
 	k := startKedge(t)
 	client, options := newClient(t, k, k.issuer.sign(t, token{}))
-	options.SecretTTL = 6 * time.Second
+	options.SecretTTL = 8 * time.Second
 	secrets, err := cache.NewSecretManagerClient(client, options)
 	if err != nil {
 		t.Fatal(err)

@@ -12,9 +12,9 @@ import (
 )
 
 const (
-	maxNodes    = 100_000 // values that a file may hold after its aliases were followed
-	maxName     = 64      // octets of a name that stands as a key
-	maxProblems = 50      // that are told at once
+	maxNodes    = 20_000 // values that a file may hold after its aliases were followed
+	maxName     = 64     // octets of a name that stands as a key
+	maxProblems = 50     // that are told at once
 )
 
 // reader puts decoded YAML into a Config, strictly, and gathers what is wrong.

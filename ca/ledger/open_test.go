@@ -1,0 +1,299 @@
+package ledger
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+func TestADamagedFileIsRefusedAndNotTouched(t *testing.T) {
+	t.Parallel()
+	original := fill(t)
+	if err := original.Close(); err != nil {
+		t.Fatal(err)
+	}
+	edit := func(f func(tx *bolt.Tx) error) func(path string) error {
+		return func(path string) error {
+			db, err := bolt.Open(path, 0o600, nil)
+			if err != nil {
+				return err
+			}
+			return errors.Join(db.Update(f), db.Close())
+		}
+	}
+	write := func(offset int64, data []byte) func(path string) error {
+		return func(path string) error {
+			f, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				return err
+			}
+			_, err = f.WriteAt(data, offset)
+			return errors.Join(err, f.Close())
+		}
+	}
+	tests := []struct {
+		name   string
+		damage func(path string) error
+		want   string
+	}{
+		{"empty", func(path string) error { return os.Truncate(path, 0) }, "not a bbolt file"},
+		{"another kind of file", func(path string) error { return os.WriteFile(path, []byte(strings.Repeat("text ", 10000)), 0o600) }, "not a bbolt file"},
+		{"cut short", func(path string) error { return os.Truncate(path, 64<<10) }, "cut short"},
+		{"cut to the meta pages", func(path string) error { return os.Truncate(path, 8<<10) }, "cut short"},
+		{"zeros over both meta pages", write(0, make([]byte, 8<<10)), "meta pages are damaged"},
+		{"zeros over the pages", func(path string) error {
+			info, err := os.Stat(path)
+			if err != nil {
+				return err
+			}
+			return write(8<<10, make([]byte, info.Size()-8<<10))(path)
+		}, "structure is damaged"},
+		{"zeros over the pages, their free list not written", func(path string) error {
+			info, err := os.Stat(path)
+			if err != nil {
+				return err
+			}
+			return errors.Join(write(8<<10, make([]byte, info.Size()-8<<10))(path), forgetFreelist(path))
+		}, "structure is damaged"},
+		{"another bbolt file", func(path string) error {
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+			return edit(func(tx *bolt.Tx) error { _, err := tx.CreateBucket([]byte("x")); return err })(path)
+		}, "not a ledger"},
+		{"a table is missing", edit(func(tx *bolt.Tx) error {
+			return tx.Bucket(bucketTrustDomains).Bucket([]byte(domain)).DeleteBucket(bucketTokens)
+		}), `table "tokens" is missing`},
+		{"the head is missing", edit(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Delete(keyHead) }), "head is damaged"},
+		{"the last event is missing", edit(func(tx *bolt.Tx) error {
+			key, _ := tx.Bucket(bucketEvents).Cursor().Last()
+			return tx.Bucket(bucketEvents).Delete(key)
+		}), "its last event is"},
+		{"a late event is missing", edit(func(tx *bolt.Tx) error {
+			key, _ := tx.Bucket(bucketEvents).Cursor().Last()
+			return tx.Bucket(bucketEvents).Delete(number(toNumber(key) - 1))
+		}), "does not match the hash chain"},
+		{"the last commit is missing", edit(func(tx *bolt.Tx) error {
+			key, _ := tx.Bucket(bucketCommits).Cursor().Last()
+			return tx.Bucket(bucketCommits).Delete(key)
+		}), "says that it holds"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			if err := os.CopyFS(dir, os.DirFS(original.dir)); err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(dir, storeFile)
+			if err := test.damage(path); err != nil {
+				t.Fatal(err)
+			}
+			before, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := Open(dir, original.o)
+			if err == nil {
+				t.Fatal("it is opened", l.Close())
+			}
+			for _, want := range []string{test.want, path, "backup"} {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("the error does not say %q: %v", want, err)
+				}
+			}
+			if after, err := os.ReadFile(path); err != nil || string(after) != string(before) {
+				t.Errorf("the file was changed (%v)", err)
+			}
+			if db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTimeout / 10, ReadOnly: true}); err != nil && strings.Contains(err.Error(), "timeout") {
+				t.Error("the file is still locked")
+			} else if err == nil {
+				db.Close()
+			}
+		})
+	}
+}
+
+// forgetFreelist makes bbolt look for the free pages itself, as after a mass drop.
+func forgetFreelist(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for _, offset := range []int64{16, 4096 + 16} {
+		meta := make([]byte, 64)
+		if _, err := f.ReadAt(meta, offset); err != nil {
+			return err
+		}
+		binary.NativeEndian.PutUint64(meta[32:], ^uint64(0))
+		sum := fnv.New64a()
+		sum.Write(meta[:56])
+		binary.NativeEndian.PutUint64(meta[56:], sum.Sum64())
+		if _, err := f.WriteAt(meta, offset); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestAFileWithoutItsFreeListOpens(t *testing.T) {
+	t.Parallel()
+	h := fill(t)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := forgetFreelist(filepath.Join(h.dir, storeFile)); err != nil {
+		t.Fatal(err)
+	}
+	h.open()
+	h.must(h.issue())
+	h.clean()
+}
+
+func TestALedgerIsNotOpenedTwice(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	if _, err := Open(h.dir, h.o); err == nil || !strings.Contains(err.Error(), "another process has it open") {
+		t.Errorf("the second Open: %v", err)
+	}
+	other := h.o
+	other.TrustDomain = "other.example"
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(h.dir, other); err == nil || !strings.Contains(err.Error(), `belongs to the trust domain "cluster.local"`) {
+		t.Errorf("Open for another trust domain: %v", err)
+	}
+	h.open()
+}
+
+func TestALostLedgerIsNotReplacedByAnEmptyOne(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(h.dir, storeFile)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(h.dir, h.o); err == nil || !strings.Contains(err.Error(), "restore ledger.db from a backup") {
+		t.Errorf("Open: %v", err)
+	}
+}
+
+func TestOpenGoesOnAfterACrashWhileTheFolderWasMade(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, storeFile+temporarySuffix), []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h := newHouseIn(t, dir)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, formatFile)); err != nil { // it comes last
+		t.Fatal(err)
+	}
+	h.open()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 2 {
+		t.Errorf("the folder has %v, %v", entries, err)
+	}
+	for _, entry := range entries {
+		if info, err := entry.Info(); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has the mode %v, %v", entry.Name(), info.Mode(), err)
+		}
+	}
+}
+
+func TestAFolderOfALaterFormatIsRefused(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name, text, want string // want "": accepted
+	}{
+		{"of now", `{"format":1,"oldest_reader_format":1,"oldest_reader":"0.1.0","written_by":"0.1.0"}`, ""},
+		{"of a later version that this one can read", `{"format":3,"oldest_reader_format":1,"oldest_reader":"0.1.0","written_by":"0.9.0","new":true}`, ""},
+		{"of a later version", `{"format":3,"oldest_reader_format":2,"oldest_reader":"0.7.0","written_by":"0.9.0"}`, "use kedge 0.7.0 or later"},
+		{"cut short", `{"format":1,`, "is damaged"},
+		{"without numbers", `{}`, "is damaged"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			h := newHouse(t)
+			if err := h.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(h.dir, formatFile), []byte(test.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			l, err := Open(h.dir, h.o)
+			if test.want == "" {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := l.Close(); err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			if err == nil || !strings.Contains(err.Error(), test.want) || !strings.Contains(err.Error(), h.dir) {
+				t.Errorf("Open: %v, want an error with %q", err, test.want)
+			}
+		})
+	}
+}
+
+func TestANewFolderStatesItsFormat(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	text, err := os.ReadFile(filepath.Join(h.dir, formatFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var record map[string]any
+	if err := json.Unmarshal(text, &record); err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]any{"format": 1.0, "oldest_reader_format": 1.0, "oldest_reader": "0.1.0", "written_by": "0.1.0"}
+	if fmt.Sprint(record) != fmt.Sprint(want) {
+		t.Errorf("format.json says %v, want %v", record, want)
+	}
+	if err := CheckFormat(t.TempDir(), "0.1.0"); err != nil {
+		t.Errorf("an empty folder: %v", err)
+	}
+}
+
+func TestADataFolderServesOneProcess(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	release, err := Lock(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = Lock(dir)
+	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) || !strings.Contains(err.Error(), dir) {
+		t.Errorf("the second Lock: %v", err)
+	}
+	if err := release(); err != nil {
+		t.Error(err)
+	}
+	if release, err = Lock(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := release(); err != nil {
+		t.Error(err)
+	}
+	if _, err := Lock(filepath.Join(dir, "missing")); err == nil || errors.Is(err, ErrLocked) {
+		t.Errorf("a folder that is not there: %v", err)
+	}
+}

@@ -1,0 +1,4 @@
+package istio
+
+// Refuse is refuse.
+var Refuse = refuse

@@ -1,0 +1,216 @@
+package istio_test
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.opentelemetry.io/otel/trace/noop"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+	pb "istio.io/api/security/v1alpha1"
+
+	"kedge/ca"
+	"kedge/ca/ledger"
+	"kedge/issuer/authn"
+	"kedge/issuer/istio"
+	"kedge/issuer/metrics"
+	"kedge/issuer/serving"
+	"kedge/plugins/file"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("cluster.local")
+
+const tokenIssuer = "https://issuer.example"
+
+// lines is a log that tests read while it is written.
+type lines struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// door is the CSR API of a whole CA on a loopback port, and a client's connection to it.
+type door struct {
+	address  string
+	roots    *x509.CertPool
+	key      *rsa.PrivateKey // of the token issuer
+	join     *authn.JoinTokens
+	ledger   *ledger.Ledger
+	ca       *ca.CA
+	log      *lines
+	registry *prometheus.Registry
+	profiles map[string]ca.ProfileConfig
+}
+
+// openDoor opens everything. profiles are added to the default one.
+func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
+	t.Helper()
+	d := &door{log: &lines{}, registry: prometheus.NewRegistry(), roots: x509.NewCertPool()}
+	log := slog.New(slog.NewJSONHandler(d.log, nil))
+	dir := t.TempDir()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var err error
+	d.ledger, err = ledger.Open(dir, ledger.Options{TrustDomain: td.Name(), ProgramVersion: "0.1.0", Retention: time.Hour, Logger: log})
+	must(err)
+	t.Cleanup(func() { d.ledger.Close() })
+	root, err := file.OpenRoot(file.RootOptions{Dir: filepath.Join(dir, "root"), TrustDomain: td.Name()})
+	must(err)
+	keys, err := file.OpenKeyStore(file.KeyStoreOptions{Dir: filepath.Join(dir, "keys")})
+	must(err)
+	clock := ca.SystemClock()
+	guarded, err := ca.OpenGuardedClock(filepath.Join(dir, "clock.json"), clock)
+	must(err)
+	made := map[string]*ca.Profile{}
+	made[ca.DefaultProfile], err = ca.NewProfile(ca.DefaultProfile, ca.DefaultProfileConfig())
+	must(err)
+	for name, config := range profiles {
+		made[name], err = ca.NewProfile(name, config)
+		must(err)
+	}
+	d.ca, err = ca.Open(t.Context(), ca.Options{TrustDomain: td, Ledger: d.ledger, Root: root, RootCoverage: ledger.Coverage{Kind: "complete"}, Keys: keys,
+		Profiles: made, IssuingLifetime: 7 * 24 * time.Hour, IssuingKey: ca.P256, Clock: clock, Guarded: guarded, Logger: log})
+	must(err)
+	d.roots.AppendCertsFromPEM([]byte(d.ca.Bundle().PEM))
+
+	d.key, err = rsa.GenerateKey(rand.Reader, 2048)
+	must(err)
+	jwks, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: d.key.Public(), KeyID: "k1", Algorithm: "RS256", Use: "sig"}}})
+	must(err)
+	must(os.WriteFile(filepath.Join(dir, "jwks.json"), jwks, 0o600))
+	_, joinKey, err := keys.Create(t.Context(), ca.P256)
+	must(err)
+	d.join, err = authn.NewJoinTokens(authn.JoinOptions{TrustDomain: td, Key: joinKey, Identities: []string{"ns/*/sa/*"}, MaxTTL: time.Hour, Ledger: d.ledger})
+	must(err)
+	callers, err := authn.New(authn.Options{TrustDomain: td, Join: d.join, Certificates: d.ca.ClientCertificates(), Logger: log,
+		Issuers: []authn.IssuerConfig{{Name: "main", Kind: authn.KindKubernetes, Issuer: tokenIssuer, Audiences: []string{"istio-ca"}, JWKSFile: filepath.Join(dir, "jwks.json")}}})
+	must(err)
+	certificate, err := serving.New(t.Context(), d.ca, []string{"localhost", "127.0.0.1"}, time.Hour, log)
+	must(err)
+	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: metrics.New(d.registry), Log: log,
+		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(),
+		istio.Connections{MaxAge: time.Hour, MaxAgeGrace: time.Second, MinPing: 5 * time.Second, Ping: time.Minute, PingTimeout: time.Minute, Reflection: true})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(err)
+	d.address = listener.Addr().String()
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(listener) }()
+	t.Cleanup(func() { server.Stop(); <-ended })
+	return d
+}
+
+// api connects to the door, with a client certificate or without.
+func (d *door) api(t testing.TB, certificate *tls.Certificate) pb.IstioCertificateServiceClient {
+	t.Helper()
+	config := &tls.Config{RootCAs: d.roots, ServerName: "localhost", MinVersion: tls.VersionTLS12}
+	if certificate != nil {
+		config.Certificates = []tls.Certificate{*certificate}
+	}
+	conn, err := grpc.NewClient(d.address, grpc.WithTransportCredentials(credentials.NewTLS(config)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return pb.NewIstioCertificateServiceClient(conn)
+}
+
+// goodClaims are those of a Kubernetes service account token.
+func goodClaims() map[string]any {
+	now := time.Now()
+	return map[string]any{
+		"iss": tokenIssuer, "aud": []string{"istio-ca"}, "sub": "system:serviceaccount:ns1:sa1", "iat": now.Unix(), "nbf": now.Unix(), "exp": now.Add(time.Hour).Unix(),
+		"kubernetes.io": map[string]any{"namespace": "ns1", "serviceaccount": map[string]string{"name": "sa1", "uid": "u-sa"}, "pod": map[string]string{"name": "p1", "uid": "u-pod"}},
+	}
+}
+
+// with changes a claim; nil removes it.
+func with(claims map[string]any, name string, value any) map[string]any {
+	if value == nil {
+		delete(claims, name)
+	} else {
+		claims[name] = value
+	}
+	return claims
+}
+
+func signToken(t testing.TB, key any, algorithm jose.SignatureAlgorithm, kid string, claims map[string]any) string {
+	t.Helper()
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: algorithm, Key: jose.JSONWebKey{Key: key, KeyID: kid}}, (&jose.SignerOptions{}).WithType("JWT"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := jwt.Signed(signer).Claims(claims).Serialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+func (d *door) token(t testing.TB) string {
+	t.Helper()
+	return signToken(t, d.key, jose.RS256, "k1", goodClaims())
+}
+
+func bearer(ctx context.Context, tokens ...string) context.Context {
+	for _, token := range tokens {
+		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+	}
+	return ctx
+}
+
+func newKey(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func csrFor(t testing.TB, key crypto.Signer, template *x509.CertificateRequest) string {
+	t.Helper()
+	if template == nil {
+		template = &x509.CertificateRequest{}
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+}
