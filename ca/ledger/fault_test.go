@@ -44,32 +44,16 @@ func unable(t *testing.T, format string, args ...any) {
 
 func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
-		unable(t, "mounting a small tmpfs: %v", err)
+	dir, ok := smallDisk(t, "size=1m")
+	if !ok {
 		return
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
 	log := newAwaitLog(healed)
 	h := newHouseIn(t, dir, func(o *Options) { o.Logger = slog.New(log) })
 	token := &Token{ID: "t", SPIFFEID: "spiffe://cluster.local/vm", Expires: h.clock.at() + 3600, By: "uid=0"}
 	h.must(token)
 
-	ballast := filepath.Join(dir, "ballast")
-	f, err := os.Create(ballast)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(f, neverEnding{}); !errors.Is(err, unix.ENOSPC) {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
+	ballast := fillDisk(t, dir)
 	recorded := uint64(4)
 	for {
 		before := h.Head()
@@ -122,22 +106,87 @@ func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
 	h.clean()
 }
 
-type neverEnding struct{}
-
-func (neverEnding) Read(b []byte) (int, error) { return len(b), nil }
-
-func TestCloseEndsAFaultedLedger(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k"); err != nil {
+// smallDisk mounts a file system that is soon full.
+func smallDisk(t *testing.T, size string) (dir string, ok bool) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, size); err != nil {
 		unable(t, "mounting a small tmpfs: %v", err)
-		return
+		return "", false
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, 0); err != nil {
 			t.Error(err)
 		}
 	})
+	return dir, true
+}
+
+// fillDisk takes all space that is left.
+func fillDisk(t *testing.T, dir string) (ballast string) {
+	t.Helper()
+	ballast = filepath.Join(dir, "ballast")
+	f, err := os.Create(ballast)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(f, neverEnding{}); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return ballast
+}
+
+type neverEnding struct{}
+
+func (neverEnding) Read(b []byte) (int, error) { return len(b), nil }
+
+// When what comes back from the disk is sound in itself, and older than what was acknowledged, nothing is built on it.
+func TestALedgerThatLostEventsStaysFaulted(t *testing.T) {
+	t.Parallel()
+	dir, ok := smallDisk(t, "size=1m")
+	if !ok {
+		return
+	}
+	log := newAwaitLog("the ledger stays faulted")
+	h := newHouseIn(t, dir, func(o *Options) { o.Logger = slog.New(log) })
+	path, older := filepath.Join(dir, storeFile), filepath.Join(dir, "older")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(older, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.must(h.issue())
+	ballast := fillDisk(t, dir)
+	for {
+		if _, err := h.Append(context.Background(), h.issue()); errors.Is(err, ErrUnavailable) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Rename(older, path), os.Remove(ballast)); err != nil {
+		t.Fatal(err)
+	}
+	<-log.seen
+	if err := h.Fault(); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "which were durable once, are lost") {
+		t.Errorf("Fault: %v", err)
+	}
+	if _, err := h.Append(context.Background(), h.issue()); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "backup") {
+		t.Errorf("Append: %v", err)
+	}
+}
+
+func TestCloseEndsAFaultedLedger(t *testing.T) {
+	t.Parallel()
+	dir, ok := smallDisk(t, "size=256k")
+	if !ok {
+		return
+	}
 	h := newHouseIn(t, dir)
 	var group sync.WaitGroup
 	for range 8 {

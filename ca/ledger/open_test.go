@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -157,6 +158,38 @@ func TestAFileWithoutItsFreeListOpens(t *testing.T) {
 	h.open()
 	h.must(h.issue())
 	h.clean()
+}
+
+// bbolt keeps two meta pages, and goes on from the other one when a write was cut short. Nobody is left to believe that all is well.
+func TestOneDamagedMetaPageIsSurvivedAndSaid(t *testing.T) {
+	t.Parallel()
+	for _, offset := range []int64{0, 4096} {
+		log := newAwaitLog("one of the two meta pages of the ledger is damaged: a write was cut short, or the disk is failing. " +
+			"If it was the later one, the last commit is lost: compare the number with what was seen last")
+		h := newHouse(t, func(o *Options) { o.Logger = slog.New(log) })
+		for range 5 {
+			h.must(h.issue())
+		}
+		if err := h.Close(); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(filepath.Join(h.dir, storeFile), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt(make([]byte, 100), offset); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		h.open()
+		<-log.seen
+		if n := h.Head().Number; n != 7 && n != 8 {
+			t.Errorf("the head is %d", n)
+		}
+		h.clean()
+	}
 }
 
 func TestALedgerIsNotOpenedTwice(t *testing.T) {

@@ -150,6 +150,8 @@ func (d *door) api(t testing.TB, certificate *tls.Certificate) pb.IstioCertifica
 	return pb.NewIstioCertificateServiceClient(conn)
 }
 
+var filterIssues = ledger.Filter{Types: []ledger.Type{ledger.TypeIssue}}
+
 // goodClaims are those of a Kubernetes service account token.
 func goodClaims() map[string]any {
 	now := time.Now()

@@ -1,0 +1,327 @@
+package istio_test
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/base64"
+	"encoding/pem"
+	"fmt"
+	"math"
+	"math/big"
+	"net/url"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/structpb"
+	pb "istio.io/api/security/v1alpha1"
+
+	"kedge/ca"
+)
+
+// badCall is a call that is wrong in one way. A zero field is as it is in a good call.
+type badCall struct {
+	csr      string
+	tokens   []string // whole authorization headers
+	noToken  bool
+	validity int64
+	metadata map[string]*structpb.Value
+}
+
+// promise is a row of docs/refusals.md: what a caller gets to see.
+type promise struct {
+	code codes.Code
+	says string // is part of the status message
+}
+
+// readPromises reads the tables of docs/refusals.md: | `case` | code | text |.
+func readPromises(t *testing.T) map[string]promise {
+	t.Helper()
+	page, err := os.ReadFile("../../docs/refusals.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	row := regexp.MustCompile("(?m)^\\| ([^|]+) \\| (\\w+) \\| (.*) \\|$")
+	names := map[string]codes.Code{}
+	for c := codes.OK; c <= codes.Unauthenticated; c++ {
+		names[c.String()] = c
+	}
+	promises := map[string]promise{}
+	for _, cells := range row.FindAllStringSubmatch(string(page), -1) {
+		code, ok := names[cells[2]]
+		if !ok {
+			continue // the heading
+		}
+		if _, twice := promises[cells[1]]; twice {
+			t.Errorf("docs/refusals.md has %q twice", cells[1])
+		}
+		promises[cells[1]] = promise{code, strings.Trim(cells[3], "`")}
+	}
+	return promises
+}
+
+// TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise holds docs/refusals.md against the door, row by row, both ways.
+func TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise(t *testing.T) {
+	strict := ca.DefaultProfileConfig()
+	strict.OverMax = ca.OverMaxRefuse
+	private := ca.DefaultProfileConfig()
+	private.Identities = []string{"ns/other/sa/*"}
+	d := openDoor(t, map[string]ca.ProfileConfig{"strict": strict, "private": private})
+	api, promises, calls := d.api(t, nil), readPromises(t), badCalls(t, d)
+	good := csrFor(t, newKey(t), nil)
+	var issued uint64
+	for name := range promises {
+		if _, ok := calls[name]; !ok {
+			t.Errorf("docs/refusals.md promises something for %q, which is not tested", name)
+		}
+	}
+	for name, call := range calls {
+		t.Run(name, func(t *testing.T) {
+			want, ok := promises[name]
+			if !ok {
+				t.Fatal("docs/refusals.md does not say what happens")
+			}
+			ctx := t.Context()
+			tokens := call.tokens
+			if tokens == nil && !call.noToken {
+				tokens = []string{"Bearer " + d.token(t)}
+			}
+			for _, token := range tokens {
+				ctx = metadata.AppendToOutgoingContext(ctx, "authorization", token)
+			}
+			request := &pb.IstioCertificateRequest{Csr: call.csr, ValidityDuration: call.validity}
+			if call.csr == "" && !strings.HasPrefix(name, "an empty CSR") {
+				request.Csr = good
+			}
+			if call.metadata != nil {
+				request.Metadata = &structpb.Struct{Fields: call.metadata}
+			}
+			_, err := api.CreateCertificate(ctx, request)
+			if status.Code(err) != want.code {
+				t.Fatalf("code %s, promised is %s: %v", status.Code(err), want.code, err)
+			}
+			if err == nil {
+				issued++
+				return
+			}
+			message := status.Convert(err).Message()
+			if !strings.Contains(message, want.says) {
+				t.Errorf("it says %q, promised is %q", message, want.says)
+			}
+			for _, token := range tokens {
+				if secret := strings.TrimPrefix(token, "Bearer "); len(secret) > 20 && strings.Contains(d.log.String()+message, secret) {
+					t.Error("the token is in the log or in the answer")
+				}
+			}
+		})
+	}
+	report, err := d.ledger.Verify(t.Context())
+	if err != nil || len(report.Problems) > 0 {
+		t.Errorf("the ledger does not verify: %v %v", err, report.Problems)
+	}
+	var recorded uint64
+	for event, err := range d.ledger.Events(t.Context(), filterIssues) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = event
+		recorded++
+	}
+	if recorded != issued+1 { // and the serving certificate
+		t.Errorf("%d certificates are recorded, %d were given away", recorded, issued+1)
+	}
+}
+
+func badCalls(t *testing.T, d *door) map[string]badCall {
+	t.Helper()
+	key := newKey(t)
+	good := csrFor(t, key, nil)
+	der := func(text string) []byte { block, _ := pem.Decode([]byte(text)); return block.Bytes }
+	wrap := func(kind string, der []byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	}
+	request := "CERTIFICATE REQUEST"
+	flipped := bytes.Clone(der(good))
+	flipped[len(flipped)-3] ^= 1
+	var sans []*url.URL
+	for i := range 10_000 {
+		sans = append(sans, &url.URL{Scheme: "spiffe", Host: "cluster.local", Path: fmt.Sprintf("/ns/n%d/sa/s", i)})
+	}
+	manySANs := csrFor(t, key, &x509.CertificateRequest{URIs: sans})
+	bearer := func(token string) []string { return []string{"Bearer " + token} }
+	sign := func(change string, value any) []string {
+		return bearer(signToken(t, d.key, jose.RS256, "k1", with(goodClaims(), change, value)))
+	}
+	stranger, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	publicPEM, err := x509.MarshalPKIXPublicKey(d.key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	goodToken := d.token(t)
+	parts := strings.Split(goodToken, ".")
+	none := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none","typ":"JWT"}`)) + "." + parts[1] + "."
+	text := func(name, value string) map[string]*structpb.Value {
+		return map[string]*structpb.Value{name: structpb.NewStringValue(value)}
+	}
+	return map[string]badCall{
+		"an empty CSR":                          {},
+		"a CSR that is not PEM":                 {csr: "hello"},
+		"a PEM block of another type":           {csr: wrap("CERTIFICATE", der(good))},
+		"a truncated CSR":                       {csr: wrap(request, der(good)[:60])},
+		"a PEM block that is cut off":           {csr: good[:len(good)/2]},
+		"two CSRs":                              {csr: good + good},
+		"a CSR of more than 16 KiB":             {csr: wrap(request, make([]byte, 15_000))},
+		"a CSR with ten thousand SANs":          {csr: manySANs[:200_000]},
+		"a message of more than 256 KiB":        {csr: manySANs},
+		"a CSR whose signature is not good":     {csr: wrap(request, flipped)},
+		"a CSR signed with SHA-1":               {csr: sha1CSR(t)},
+		"an RSA key of 1024 bits":               {csr: rsaCSR(t, 1024, 65537)},
+		"an RSA key of 16384 bits":              {csr: rsaCSR(t, 16384, 65537)},
+		"an RSA key with the exponent 3":        {csr: rsaCSR(t, 2048, 3)},
+		"a P-224 key":                           {csr: p224CSR(t)},
+		"an Ed25519 key":                        {csr: ed25519CSR(t)},
+		"hostile SANs, subject and extensions":  {csr: hostileCSR(t, key)},
+		"a validity of 0":                       {validity: 0},
+		"a negative validity":                   {validity: -1},
+		"the most negative validity":            {validity: math.MinInt64},
+		"the largest validity":                  {validity: math.MaxInt64},
+		"a validity below minTTL":               {validity: 299},
+		"a validity above maxTTL":               {validity: 86401},
+		"a validity above maxTTL, with refuse":  {validity: 86401, metadata: text("CertSigner", "strict")},
+		"an unknown profile":                    {metadata: text("CertSigner", "nobody")},
+		"a profile for others":                  {metadata: text("CertSigner", "private")},
+		"a CertSigner that is not a string":     {metadata: map[string]*structpb.Value{"CertSigner": structpb.NewNumberValue(1)}},
+		"ImpersonatedIdentity":                  {metadata: text("ImpersonatedIdentity", "spiffe://cluster.local/ns/x/sa/y")},
+		"ImpersonatedIdentity as a list":        {metadata: map[string]*structpb.Value{"ImpersonatedIdentity": structpb.NewListValue(&structpb.ListValue{})}},
+		"no credentials":                        {noToken: true},
+		"two authorization headers":             {tokens: []string{"Bearer " + goodToken, "Bearer " + goodToken}},
+		"another scheme":                        {tokens: []string{"Basic dXNlcjpwYXNz"}},
+		"a token that is not a JWT":             {tokens: bearer("hello")},
+		"a truncated token":                     {tokens: bearer(goodToken[:len(goodToken)-40])},
+		"a token of more than 16 KiB":           {tokens: bearer(goodToken + strings.Repeat("A", 16<<10))},
+		"headers of more than 32 KiB":           {tokens: bearer(strings.Repeat("A", 40<<10))},
+		"alg none":                              {tokens: bearer(none)},
+		"HS256 with the public key":             {tokens: bearer(signToken(t, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: publicPEM}), jose.HS256, "k1", goodClaims()))},
+		"a token signed with another key":       {tokens: bearer(signToken(t, stranger, jose.RS256, "k1", goodClaims()))},
+		"an unknown key id":                     {tokens: bearer(signToken(t, stranger, jose.RS256, "k2", goodClaims()))},
+		"an unknown issuer":                     {tokens: sign("iss", "https://other.example")},
+		"a wrong audience":                      {tokens: sign("aud", []string{"vault"})},
+		"no audience":                           {tokens: sign("aud", nil)},
+		"an expired token":                      {tokens: sign("exp", time.Now().Add(-time.Hour).Unix())},
+		"a token without expiry":                {tokens: sign("exp", nil)},
+		"a token that is not valid yet":         {tokens: sign("nbf", time.Now().Add(time.Hour).Unix())},
+		"a subject that is no service account":  {tokens: sign("sub", "system:node:node-a")},
+		"a subject with a path in it":           {tokens: bearer(signToken(t, d.key, jose.RS256, "k1", with(with(goodClaims(), "sub", "system:serviceaccount:..:a/b"), "kubernetes.io", nil)))},
+		"a subject that contradicts its claims": {tokens: sign("sub", "system:serviceaccount:ns1:sa2")},
+		"a join token of another CA":            {tokens: bearer(signToken(t, newKey(t), jose.ES256, "k9", with(goodClaims(), "iss", "kedge")))},
+	}
+}
+
+// rsaCSR makes a request whose modulus nobody can factor into the caller's key: the size is judged before the signature.
+func rsaCSR(t *testing.T, bits, exponent int) string {
+	t.Helper()
+	n := new(big.Int).Lsh(big.NewInt(1), uint(bits-1))
+	n.Add(n, big.NewInt(12345678901))
+	return unsignedCSR(t, &rsa.PublicKey{N: n, E: exponent})
+}
+
+// unsignedCSR makes a request for a key without its private half, with a signature that is not good.
+func unsignedCSR(t *testing.T, pub crypto.PublicKey) string {
+	t.Helper()
+	spki, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := asn1.Marshal(struct {
+		Version    int
+		Subject    pkix.RDNSequence
+		Key        asn1.RawValue
+		Attributes asn1.RawValue
+	}{0, nil, asn1.RawValue{FullBytes: spki}, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := asn1.Marshal(struct {
+		Info      asn1.RawValue
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{asn1.RawValue{FullBytes: info}, pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 11}, Parameters: asn1.NullRawValue},
+		asn1.BitString{Bytes: make([]byte, 256), BitLength: 2048}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+}
+
+func p224CSR(t *testing.T) string {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return csrFor(t, key, nil)
+}
+
+func ed25519CSR(t *testing.T) string {
+	t.Helper()
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return csrFor(t, key, nil)
+}
+
+// sha1CSR names SHA-1 as the algorithm of its signature; whether that is good is not even looked at.
+func sha1CSR(t *testing.T) string {
+	t.Helper()
+	block, _ := pem.Decode([]byte(csrFor(t, newKey(t), nil)))
+	sha256, sha1 := []byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02}, []byte{0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x01}
+	var csr struct {
+		Info      asn1.RawValue
+		Algorithm asn1.RawValue
+		Signature asn1.BitString
+	}
+	if _, err := asn1.Unmarshal(block.Bytes, &csr); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(csr.Algorithm.FullBytes, sha256) {
+		t.Fatal("the CSR is not signed with ECDSA and SHA-256")
+	}
+	csr.Algorithm = asn1.RawValue{FullBytes: append([]byte{0x30, byte(len(sha1))}, sha1...)}
+	der, err := asn1.Marshal(csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+}
+
+func hostileCSR(t *testing.T, key crypto.Signer) string {
+	t.Helper()
+	caTrue, err := asn1.Marshal(struct{ CA bool }{true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return csrFor(t, key, &x509.CertificateRequest{
+		Subject:         pkix.Name{CommonName: "istiod.istio-system.svc\x00.example.org", Organization: []string{strings.Repeat("x", 4000)}},
+		DNSNames:        []string{"*", "kubernetes.default.svc"},
+		URIs:            []*url.URL{{Scheme: "spiffe", Host: "cluster.local", Path: "/ns/kube-system/sa/admin"}, {Scheme: "javascript", Opaque: "alert(1)"}},
+		ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 19}, Critical: true, Value: caTrue}},
+	})
+}
