@@ -7,7 +7,7 @@ LDFLAGS := -X main.version=0.1.0-$(VERSION)
 BIN     := $(CURDIR)/bin/kedge
 GOTEST  := go test -race -timeout 14m
 
-.PHONY: help build demo test e2e lint docs bench clean packages
+.PHONY: help build demo test fuzz e2e lint docs bench clean packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,6 +24,10 @@ packages: ## install the Debian packages that the tests need, when that is possi
 
 test: packages build ## everything that needs only Go and small Debian packages
 	KEDGE_BIN=$(BIN) $(GOTEST) ./...
+	@test/fuzz.sh
+
+fuzz: ## every fuzz target for a while: make fuzz KEDGE_FUZZ_TIME=1m
+	@test/fuzz.sh
 
 e2e: build ## against the real istio-agent and Istio's own client libraries
 	@test/istio/run.sh $(BIN)

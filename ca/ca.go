@@ -52,8 +52,7 @@ type CA struct {
 
 	trust atomic.Pointer[trust] // what is signed with and trusted now
 
-	change   sync.Mutex    // held while authorities change
-	changed  chan struct{} // closed and renewed at each change
+	change   sync.Mutex // held while authorities change
 	problems problems
 }
 

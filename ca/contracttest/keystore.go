@@ -107,8 +107,8 @@ func KeyStore(t *testing.T, make func(t *testing.T) ca.KeyStore, reopen func(t *
 	t.Run("hostile names are refused", func(t *testing.T) {
 		store := make(t)
 		ref, key := create(t, store, specs[0])
-		for _, hostile := range []string{"", ".", "..", "/", "../" + ref, "x/../" + ref, "./" + ref, "/etc/passwd", ref + "\x00", "\x00", ref + "/", ref + "\n",
-			" " + ref, "~/key", "*", "..\\" + ref, strings.Repeat("a", 1<<16)} {
+		for _, hostile := range []string{"", ".", "..", "/", "../" + ref, "x/../" + ref, "./" + ref, "/etc/passwd", ref + "\x00", "\x00", ref + "/",
+			ref + "\n", " " + ref, "~/key", "*", "..\\" + ref, strings.Repeat("a", 1<<16)} {
 			if _, err := store.Open(t.Context(), hostile); err == nil {
 				t.Errorf("Open(%.80q) gave a key", hostile)
 			}

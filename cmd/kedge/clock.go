@@ -8,7 +8,8 @@ import (
 
 func newClockCommand(t *target) *cobra.Command {
 	c := &cobra.Command{Use: "clock", Short: "The clock that steps wait for which cannot be taken back"}
-	c.AddCommand(&cobra.Command{
+	var asJSON bool
+	confirm := &cobra.Command{
 		Use: "confirm", Short: "Say that this machine's clock is right", Args: cobra.NoArgs,
 		Long: `After a jump of the clock, or a reboot without any token from outside, the CA goes on issuing but prunes and removes nothing, since it
 cannot know how much time has really passed. 'kedge doctor' says so. Look at the clock; if it is right, say so with this command.`,
@@ -20,9 +21,14 @@ cannot know how much time has really passed. 'kedge doctor' says so. Look at the
 			if err := client.ConfirmClock(c.Context()); err != nil {
 				return err
 			}
+			if asJSON {
+				return printJSON(c.OutOrStdout(), map[string]bool{"confirmed": true})
+			}
 			_, err = fmt.Fprintln(c.OutOrStdout(), "confirmed")
 			return err
 		},
-	})
+	}
+	confirm.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.AddCommand(confirm)
 	return c
 }

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
+
+	"kedge/cmd/kedge/config"
 )
 
 func newConfigCommand(t *target) *cobra.Command {
@@ -13,20 +16,29 @@ func newConfigCommand(t *target) *cobra.Command {
 }
 
 func newConfigCheckCommand(t *target) *cobra.Command {
-	return &cobra.Command{
+	var asJSON bool
+	c := &cobra.Command{
 		Use: "check", Short: "Say everything that is wrong with the configuration", Args: cobra.NoArgs,
 		Long: `Read the configuration that --config names as 'kedge serve' would, and say everything that is wrong with it. Exit code 2 when 'kedge serve' would refuse it.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			cfg, err := t.load()
-			if err != nil {
+			var warnings []string
+			if err == nil {
+				if warnings, err = cfg.Validate(); err != nil {
+					err = usageError{err}
+				}
+			}
+			if asJSON {
+				return errors.Join(err, printVerdict(c, warnings, err))
+			}
+			if err != nil && cfg == nil {
 				return err
 			}
-			warnings, err := cfg.Validate()
 			for _, warning := range warnings {
 				fmt.Fprintf(c.OutOrStdout(), "warning: %s\n", warning)
 			}
 			if err != nil {
-				return usageError{err}
+				return err
 			}
 			what := t.config
 			if what == "" {
@@ -36,6 +48,24 @@ func newConfigCheckCommand(t *target) *cobra.Command {
 			return err
 		},
 	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return c
+}
+
+// printVerdict prints what is wrong with a configuration, a problem an element.
+func printVerdict(c *cobra.Command, warnings []string, err error) error {
+	verdict := struct {
+		Good     bool             `json:"good"`
+		Problems []config.Problem `json:"problems"`
+		Warnings []string         `json:"warnings"`
+	}{err == nil, []config.Problem{}, append([]string{}, warnings...)}
+	var found *config.Error
+	if errors.As(err, &found) {
+		verdict.Problems = found.Problems
+	} else if err != nil {
+		verdict.Problems = []config.Problem{{Text: err.Error()}}
+	}
+	return printJSON(c.OutOrStdout(), verdict)
 }
 
 func newConfigPrintCommand(t *target) *cobra.Command {

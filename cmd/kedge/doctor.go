@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -54,7 +55,13 @@ when something is wrong. It changes nothing.`,
 			} else {
 				table := newTable(c.OutOrStdout())
 				for _, f := range findings {
-					table.row(f.State, f.About, f.What)
+					for i, line := range strings.Split(f.What, "\n") { // a configuration may have several problems
+						if i == 0 {
+							table.row(f.State, f.About, line)
+						} else {
+							table.row("", "", line)
+						}
+					}
 					if f.Mend != "" {
 						table.row("", "", "→ "+f.Mend)
 					}
@@ -89,8 +96,47 @@ func examine(ctx context.Context, t *target) []finding {
 	for _, warning := range warnings {
 		all = append(all, finding{"configuration", note, warning, ""})
 	}
+	all = append(all, examineFiles(cfg)...)
 	all = append(all, examineFolder(cfg)...)
 	return append(all, examineRunning(ctx, t, cfg)...)
+}
+
+// examineFiles looks at the files that the configuration names, without believing what is in them.
+func examineFiles(cfg *config.Config) []finding {
+	var all []finding
+	look := func(key, path string, secret bool) {
+		if path == "" {
+			return
+		}
+		file, err := os.Open(path)
+		if err != nil {
+			all = append(all, finding{key, wrong, err.Error(), "put the file there, let the CA's user read it, or name another"})
+			return
+		}
+		defer file.Close() // nothing was written
+		info, err := file.Stat()
+		switch {
+		case err != nil:
+			all = append(all, finding{key, wrong, err.Error(), ""})
+		case !info.Mode().IsRegular():
+			all = append(all, finding{key, wrong, path + " is not a file", "name a file"})
+		case secret && info.Mode().Perm()&0o077 != 0:
+			all = append(all, finding{key, wrong, fmt.Sprintf("others may read %s (mode %#o)", path, info.Mode().Perm()), "chmod 600 " + path})
+		}
+	}
+	look("root.file.passphraseFile", cfg.Root.File.PassphraseFile, true)
+	look("issuingCA.passphraseFile", cfg.IssuingCA.PassphraseFile, true)
+	look("tracing.caFile", cfg.Tracing.CAFile, false)
+	for i, issuer := range cfg.Callers.TokenIssuers {
+		key := fmt.Sprintf("callers.tokenIssuers[%d].", i)
+		look(key+"jwksFile", issuer.JWKSFile, false)
+		look(key+"caFile", issuer.CAFile, false)
+		look(key+"bearerTokenFile", issuer.BearerTokenFile, false) // the kubelet's own have mode 0644
+	}
+	for i, path := range cfg.Callers.ClientCertificates.OtherIssuers {
+		look(fmt.Sprintf("callers.clientCertificates.otherIssuers[%d]", i), path, false)
+	}
+	return all
 }
 
 func examineFolder(cfg *config.Config) []finding {
@@ -149,10 +195,10 @@ func examineRunning(ctx context.Context, t *target, cfg *config.Config) []findin
 	status, err := client.Status(ctx)
 	if errors.Is(err, admin.ErrNotRunning) {
 		all := []finding{{subject, wrong, "no CA is running on this data folder", "start it with 'kedge serve'"}}
-		for key, address := range map[string]string{"csr.listen": cfg.CSR.Listen, "operations.listen": cfg.Operations.Listen} {
-			l, err := net.Listen("tcp", address)
+		for _, door := range []struct{ key, address string }{{"csr.listen", cfg.CSR.Listen}, {"operations.listen", cfg.Operations.Listen}} {
+			l, err := net.Listen("tcp", door.address)
 			if err != nil {
-				all = append(all, finding{key, wrong, err.Error(), "stop what uses the address, or name another"})
+				all = append(all, finding{door.key, wrong, err.Error(), "stop what uses the address, or name another"})
 				continue
 			}
 			_ = l.Close() // it was only tried

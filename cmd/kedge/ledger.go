@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"kedge/ca/ledger"
+	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 )
 
@@ -31,7 +32,7 @@ func (f *filterFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&f.id, "spiffe-id", "", "only this SPIFFE ID; a path such as ns/default/sa/web will do")
 	c.Flags().StringVar(&f.serial, "serial", "", "only the certificate with this serial number, in hex")
 	c.Flags().StringVar(&f.issuer, "issuer", "", "only what this authority signed: its id, or the beginning of it")
-	c.Flags().StringVar(&f.since, "since", "", "only from this time on: RFC 3339, or a duration before now such as 2h")
+	c.Flags().StringVar(&f.since, "since", "", "only from this time on: RFC 3339, or a duration before now such as 2h or 7d")
 	c.Flags().StringVar(&f.until, "until", "", "only before this time: RFC 3339, or a duration before now")
 	c.Flags().Uint64Var(&f.from, "from", 0, "only from this number on")
 	c.Flags().Uint64Var(&f.to, "to", 0, "only up to this number")
@@ -39,6 +40,12 @@ func (f *filterFlags) add(c *cobra.Command) {
 
 // filter turns the flags into a filter. The CA is asked where a flag is short for something.
 func (f *filterFlags) filter(c *cobra.Command, client *admin.Client) (out ledger.Filter, err error) {
+	if f.limit < 0 {
+		return out, usageError{fmt.Errorf("--limit %d is negative: 0 shows all", f.limit)}
+	}
+	if f.to != 0 && f.from > f.to {
+		return out, usageError{fmt.Errorf("--from %d is after --to %d", f.from, f.to)}
+	}
 	out.From, out.To, out.Limit = f.from, f.to, f.limit
 	for _, name := range f.types {
 		var t ledger.Type
@@ -76,8 +83,8 @@ func instant(flag, text string) (ledger.Time, error) {
 	if text == "" {
 		return 0, nil
 	}
-	if ago, err := time.ParseDuration(text); err == nil && ago >= 0 {
-		return ledger.At(time.Now().Add(-ago)), nil
+	if ago, err := config.ParseDuration(text); err == nil {
+		return ledger.At(time.Now().Add(-ago.Std())), nil
 	}
 	t, err := time.Parse(time.RFC3339, text)
 	if err != nil {
@@ -142,7 +149,7 @@ func newLedgerListCommand(t *target) *cobra.Command {
 			if err := table.Flush(); err != nil {
 				return err
 			}
-			if shown == flags.limit {
+			if shown > 0 && shown == flags.limit {
 				fmt.Fprintf(c.ErrOrStderr(), "only %d events are shown: --limit 0 shows all that were found\n", shown)
 			}
 			return nil
@@ -323,6 +330,9 @@ tables with a recount. Exit code 4 when something does not hold.`,
 				return err
 			}
 			if asJSON {
+				if report.Problems == nil {
+					report.Problems = []string{} // a list, whatever it has
+				}
 				if err := printJSON(c.OutOrStdout(), report); err != nil {
 					return err
 				}
@@ -371,5 +381,6 @@ func newLedgerExportCommand(t *target) *cobra.Command {
 		},
 	}
 	flags.add(c)
+	c.Flags().Bool("json", true, "it is always JSON")
 	return c
 }

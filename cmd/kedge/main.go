@@ -54,7 +54,7 @@ func run(ctx context.Context, args []string) int {
 		return exitFound
 	case errors.Is(err, admin.ErrNotRunning):
 		return exitNotRunning
-	case errors.As(err, &usage):
+	case errors.As(err, &usage), errors.Is(err, admin.ErrInvalid):
 		return exitUsage
 	}
 	return exitFailed
@@ -83,9 +83,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no CA is 
 	root.PersistentFlags().StringVar(&t.data, "data", "", "data folder, instead of the configuration's dataDir")
 	root.AddCommand(newServeCommand(t), newTokenCommand(t), newSVIDCommand(t), newAuthorityCommand(t), newBundleCommand(t), newLedgerCommand(t),
 		newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
-	for _, c := range root.Commands() {
-		strictArgs(c)
-	}
+	strictArgs(root)
 	return root
 }
 
@@ -101,11 +99,19 @@ func strictArgs(c *cobra.Command) {
 	}
 	if c.HasSubCommands() && c.RunE == nil {
 		c.Args = cobra.ArbitraryArgs
+		c.SuggestionsMinimumDistance = 2
 		c.RunE = func(c *cobra.Command, args []string) error {
-			if len(args) == 0 {
+			switch {
+			case len(args) == 0 && !c.HasParent():
+				return c.Help()
+			case len(args) == 0:
 				return usageError{fmt.Errorf("%s needs to know what to do: see '%s --help'", c.CommandPath(), c.CommandPath())}
 			}
-			return usageError{fmt.Errorf("unknown command %q for %q: see '%s --help'", args[0], c.CommandPath(), c.CommandPath())}
+			hint := ""
+			if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+				hint = fmt.Sprintf("; did you mean %q?", near[0])
+			}
+			return usageError{fmt.Errorf("unknown command %q for %q%s: see '%s --help'", args[0], c.CommandPath(), hint, c.CommandPath())}
 		}
 	}
 	for _, sub := range c.Commands() {

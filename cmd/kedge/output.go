@@ -7,6 +7,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 )
 
 // printJSON writes one indented JSON document.
@@ -29,7 +30,19 @@ func newTable(w io.Writer, headings ...string) table {
 	return t
 }
 
-func (t table) row(cells ...string) { fmt.Fprintln(t.Writer, strings.Join(cells, "\t")) }
+// row adds a row of one line, whatever is in its cells: some of it came from callers, and is not to move a terminal's cursor.
+func (t table) row(cells ...string) {
+	line := make([]string, len(cells))
+	for i, cell := range cells {
+		line[i] = strings.Map(func(r rune) rune {
+			if !unicode.IsPrint(r) {
+				return '\uFFFD'
+			}
+			return r
+		}, cell)
+	}
+	fmt.Fprintln(t.Writer, strings.Join(line, "\t"))
+}
 
 // people writes an instant for people, and how far away it is.
 func people(t time.Time) string {

@@ -9,6 +9,7 @@ import (
 )
 
 func newSVIDRevokeCommand(t *target) *cobra.Command {
+	var asJSON bool
 	var reason string
 	c := &cobra.Command{
 		Use: "revoke SERIAL", Short: "Make an SVID authenticate nobody to this CA any more", Args: cobra.ExactArgs(1),
@@ -22,10 +23,14 @@ func newSVIDRevokeCommand(t *target) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if asJSON {
+				return printJSON(c.OutOrStdout(), event)
+			}
 			_, err = fmt.Fprintf(c.OutOrStdout(), "revoked %s, which was issued as number %d and expires %s\n", event.Serial, event.Number, people(event.NotAfter.Time()))
 			return err
 		},
 	}
 	c.Flags().StringVar(&reason, "reason", "", "why, for the ledger")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }

@@ -37,6 +37,9 @@ import (
 // stopLimit is how long calls in flight may take when the CA stops.
 const stopLimit = 20 * time.Second
 
+// httpStopLimit is how long answers to admins and to monitoring may still take after that.
+const httpStopLimit = 2 * time.Second
+
 // server is a running CA with all its doors.
 type server struct {
 	config  *config.Config
@@ -61,40 +64,39 @@ type server struct {
 }
 
 // startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails.
-func startServer(ctx context.Context, c *config.Config, log *slog.Logger, level *slog.LevelVar, began time.Time) (s *server, err error) {
-	s = &server{config: c, log: log, level: level, started: began, failures: make(chan error, 1)}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.close())
-		}
-	}()
-	if s.dataDir, err = filepath.Abs(c.DataDir); err != nil {
-		return nil, fmt.Errorf("finding the data folder: %w", err)
+func startServer(ctx context.Context, c *config.Config, log *slog.Logger, level *slog.LevelVar, began time.Time) (*server, error) {
+	s := &server{config: c, log: log, level: level, started: began, failures: make(chan error, 1)}
+	if err := s.start(ctx); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	s.took = time.Since(began)
+	return s, nil
+}
+
+func (s *server) start(ctx context.Context) (err error) {
+	if s.dataDir, err = filepath.Abs(s.config.DataDir); err != nil {
+		return fmt.Errorf("finding the data folder: %w", err)
 	}
 	if err := makeDataFolder(s.dataDir); err != nil {
-		return nil, err
+		return err
 	}
 	release, err := ledger.Lock(s.dataDir)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	s.closers = append(s.closers, release)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	counters := metrics.New(registry)
 	if err := s.openCA(ctx, counters); err != nil {
-		return nil, err
+		return err
 	}
 	registry.MustRegister(metrics.Collector{CA: s.ca})
 	join, err := s.openAuthn(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := s.open(ctx, counters, registry, join); err != nil {
-		return nil, err
-	}
-	s.took = time.Since(began)
-	return s, nil
+	return s.open(ctx, counters, registry, join)
 }
 
 // openCA opens the ledger, the root and the key store, and the CA over them.
@@ -265,10 +267,12 @@ func (s *server) close() error {
 	if s.cancel != nil {
 		s.cancel()
 	}
-	limit, cancel := context.WithTimeout(context.Background(), stopLimit)
+	limit, cancel := context.WithTimeout(context.Background(), httpStopLimit)
 	defer cancel()
 	for _, h := range s.http {
-		errs = append(errs, h.Shutdown(limit))
+		if h.Shutdown(limit) != nil { // somebody reads very slowly
+			errs = append(errs, h.Close())
+		}
 	}
 	s.running.Wait()
 	for i := len(s.closers) - 1; i >= 0; i-- {

@@ -15,6 +15,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,7 +46,7 @@ func newSVIDCommand(t *target) *cobra.Command {
 type fetch struct {
 	server, root, tokenFile, out, keyType string
 	ttl, timeout                          time.Duration
-	renew                                 bool
+	renew, asJSON                         bool
 }
 
 func newSVIDFetchCommand(t *target) *cobra.Command {
@@ -85,8 +86,9 @@ With --renew the SVID that is in --out already proves who is asking, and no toke
 	c.Flags().StringVar(&f.root, "root", "", "PEM file with the roots that the server must prove itself under")
 	c.Flags().StringVar(&f.tokenFile, "token-file", "", "file with a token; - reads it from standard input")
 	c.Flags().StringVar(&f.out, "out", "", "folder for the files; made if need be")
+	c.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
 	c.Flags().BoolVar(&f.renew, "renew", false, "prove who is asking with the SVID that is in --out")
-	c.Flags().StringVar(&f.keyType, "key-type", "P-256", "type of the new key: P-256, P-384, RSA-2048")
+	c.Flags().StringVar(&f.keyType, "key-type", "P-256", "type of the new key: "+strings.Join(keyTypes, ", "))
 	c.Flags().DurationVar(&f.ttl, "ttl", 0, "how long the SVID shall be valid; 0: the CA's default")
 	c.Flags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how long to try")
 	return c
@@ -100,8 +102,10 @@ func (f *fetch) check() error {
 		return errors.New("--token-file is missing ('kedge token create' on the CA's machine makes a token), or --renew")
 	case f.timeout <= 0:
 		return fmt.Errorf("--timeout %s is not positive", f.timeout)
-	case f.ttl < 0:
-		return fmt.Errorf("--ttl %s is negative", f.ttl)
+	case f.ttl < 0 || f.ttl%time.Second != 0:
+		return fmt.Errorf("--ttl %s is not a whole number of seconds from 0 on", f.ttl)
+	case !slices.Contains(keyTypes, f.keyType):
+		return fmt.Errorf("--key-type %q is none of %s", f.keyType, strings.Join(keyTypes, ", "))
 	}
 	return nil
 }
@@ -128,7 +132,7 @@ func (f *fetch) run(ctx context.Context, out io.Writer) error {
 	}
 	key, err := makeKey(f.keyType)
 	if err != nil {
-		return usageError{err}
+		return fmt.Errorf("making the key: %w", err)
 	}
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 	if err != nil {
@@ -141,16 +145,19 @@ func (f *fetch) run(ctx context.Context, out io.Writer) error {
 	defer client.Close()
 	chain, bundle, err := client.Sign(ctx, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}), token, f.ttl)
 	if err != nil {
-		return fmt.Errorf("the CA at %s gave no SVID: %w", f.server, explain(err))
+		return fmt.Errorf("the CA at %s gave no SVID: %w", f.server, f.explain(err))
 	}
 	return f.write(out, key, strings.Join(chain, ""), bundle)
 }
 
 // explain says what to do about a refusal.
-func explain(err error) error {
+func (f *fetch) explain(err error) error {
 	s := status.Convert(err)
 	switch s.Code() {
 	case codes.Unauthenticated:
+		if f.tokenFile == "" {
+			return fmt.Errorf("%s. The SVID in %s no longer proves who is asking: begin anew with a token", s.Message(), f.out)
+		}
 		return fmt.Errorf("%s. A join token serves once and for a short time: make a new one with 'kedge token create'", s.Message())
 	case codes.Unavailable, codes.DeadlineExceeded:
 		return fmt.Errorf("%s. Is the CA running there, and does --root belong to it?", s.Message())
@@ -178,6 +185,12 @@ func (f *fetch) write(out io.Writer, key crypto.Signer, chain, bundle string) er
 		}
 	}
 	leaf := svid.Certificates[0]
+	if f.asJSON {
+		return printJSON(out, map[string]any{
+			"spiffe_id": svid.ID.String(), "serial": ledger.Serial(leaf.SerialNumber.Bytes()), "not_before": leaf.NotBefore.UTC(), "not_after": leaf.NotAfter.UTC(),
+			"chain_file": filepath.Join(f.out, chainFile), "key_file": filepath.Join(f.out, keyFile), "root_file": filepath.Join(f.out, rootFile),
+		})
+	}
 	table := newTable(out)
 	table.row("SPIFFE ID", svid.ID.String())
 	table.row("serial", ledger.Serial(leaf.SerialNumber.Bytes()).String())
@@ -229,14 +242,15 @@ func readToken(path string) (string, error) {
 	return token, nil
 }
 
+// keyTypes are those that makeKey makes.
+var keyTypes = []string{"P-256", "P-384", "RSA-2048"}
+
 func makeKey(kind string) (crypto.Signer, error) {
 	switch kind {
-	case "P-256":
-		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	case "P-384":
 		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	case "RSA-2048":
 		return rsa.GenerateKey(rand.Reader, 2048)
 	}
-	return nil, fmt.Errorf("--key-type %q is none of P-256, P-384, RSA-2048", kind)
+	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }

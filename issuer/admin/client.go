@@ -8,17 +8,28 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"net"
 	"net/http"
 	"net/url"
 	"strconv"
+	"syscall"
 
 	"kedge/ca/ledger"
 )
 
-// ErrNotRunning says that nobody answers at the socket.
-var ErrNotRunning = errors.New("no CA is running there")
+// What callers branch on, with errors.Is.
+var (
+	ErrNotRunning = errors.New("no CA is running there")    // nobody answers at the socket
+	ErrInvalid    = errors.New("the CA cannot follow that") // the request itself is wrong; the error says only what is wrong with it
+)
+
+// invalid is an ErrInvalid with the CA's own text.
+type invalid string
+
+func (i invalid) Error() string { return string(i) }
+func (i invalid) Unwrap() error { return ErrInvalid }
 
 // Client talks to a running CA over its admin socket.
 type Client struct {
@@ -30,10 +41,10 @@ type Client struct {
 func NewClient(path string) *Client {
 	dialer := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
-		if err != nil {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) { // no socket, or one that a killed CA left behind
 			return nil, fmt.Errorf("%w: %w", ErrNotRunning, err)
 		}
-		return conn, nil
+		return conn, err
 	}
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dialer}}}
 }
@@ -69,6 +80,9 @@ func (c *Client) send(ctx context.Context, method, path string, request any) (*h
 		if errors.Is(err, ErrNotRunning) {
 			return nil, fmt.Errorf("%w (admin socket %s): start it with 'kedge serve', or name its data folder with --data or --config", ErrNotRunning, c.path)
 		}
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, fmt.Errorf("this user may not use the admin socket %s: run the command as the CA's user or root: %w", c.path, err)
+		}
 		return nil, fmt.Errorf("talking to the CA over %s: %w", c.path, err)
 	}
 	if response.StatusCode == http.StatusOK {
@@ -78,6 +92,9 @@ func (c *Client) send(ctx context.Context, method, path string, request any) (*h
 	var failure Failure
 	if err := json.NewDecoder(response.Body).Decode(&failure); err != nil || failure.Error == "" {
 		return nil, fmt.Errorf("the CA answered %s", response.Status)
+	}
+	if response.StatusCode == http.StatusBadRequest {
+		return nil, invalid(failure.Error)
 	}
 	return nil, errors.New(failure.Error)
 }

@@ -71,7 +71,6 @@ type door struct {
 	ca       *ca.CA
 	log      *lines
 	registry *prometheus.Registry
-	profiles map[string]ca.ProfileConfig
 }
 
 // openDoor opens everything. profiles are added to the default one.

@@ -55,7 +55,7 @@ func readPromises(t *testing.T) map[string]promise {
 	if err != nil {
 		t.Fatal(err)
 	}
-	row := regexp.MustCompile("(?m)^\\| ([^|]+) \\| (\\w+) \\| (.*) \\|$")
+	row := regexp.MustCompile(`(?m)^\| ([^|]+) \| (\w+) \| (.*) \|$`)
 	names := map[string]codes.Code{}
 	for c := codes.OK; c <= codes.Unauthenticated; c++ {
 		names[c.String()] = c

@@ -235,6 +235,7 @@ func TestWhatIsWrongWithARootIsSaidAndNeverReplacedByANewOne(t *testing.T) {
 	}
 	key, cert := load(whole, keyFile), load(whole, certificateFile)
 	sealedKey := sealText(t, key, "one")
+	damaged, doubled := bytes.Replace(cert, []byte("MII"), []byte("MIA"), 1), bytes.Repeat(cert, 2)
 	both := map[string][]byte{keyFile: key, certificateFile: cert}
 	encrypted := map[string][]byte{keyFile: sealedKey, certificateFile: cert}
 	at := func(years int) RootOptions {
@@ -259,8 +260,8 @@ func TestWhatIsWrongWithARootIsSaidAndNeverReplacedByANewOne(t *testing.T) {
 		"key readable by others": {files: both, mode: 0o644, want: []string{"chmod 600", keyFile, "0644"}},
 		"key readable by group":  {files: both, mode: 0o640, want: []string{"chmod 600", keyFile}},
 		"certificate is not PEM": {files: map[string][]byte{keyFile: key, certificateFile: []byte("hello")}, want: []string{certificateFile, "PEM"}},
-		"certificate is damaged": {files: map[string][]byte{keyFile: key, certificateFile: bytes.Replace(cert, []byte("MII"), []byte("MIA"), 1)}, want: []string{certificateFile}},
-		"two certificates":       {files: map[string][]byte{keyFile: key, certificateFile: append(append([]byte{}, cert...), cert...)}, want: []string{"one certificate"}},
+		"certificate is damaged": {files: map[string][]byte{keyFile: key, certificateFile: damaged}, want: []string{certificateFile}},
+		"two certificates":       {files: map[string][]byte{keyFile: key, certificateFile: doubled}, want: []string{"one certificate"}},
 		"key is not PEM":         {files: map[string][]byte{keyFile: []byte("hello"), certificateFile: cert}, want: []string{keyFile, "PEM"}},
 		"key is empty":           {files: map[string][]byte{keyFile: nil, certificateFile: cert}, want: []string{keyFile, "PEM"}},
 		"key is huge":            {files: map[string][]byte{keyFile: make([]byte, maxFile+1), certificateFile: cert}, want: []string{keyFile, "octets"}},

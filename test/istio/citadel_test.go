@@ -21,7 +21,8 @@ func newClient(t *testing.T, k *kedge, text []byte) (*citadel.CitadelClient, *se
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "token")
 	write(t, file, text)
-	options := &security.Options{CAEndpoint: k.address, ClusterID: "Kubernetes", TrustDomain: trustDomain, WorkloadNamespace: "ns1", ServiceAccount: "sa1",
+	options := &security.Options{CAEndpoint: k.address, ClusterID: "Kubernetes", TrustDomain: trustDomain,
+		WorkloadNamespace: "ns1", ServiceAccount: "sa1",
 		CredFetcher: plugin.CreateTokenPlugin(file), ECCSigAlg: string(util.EcdsaSigAlg), SecretTTL: time.Hour,
 		SecretRotationGracePeriodRatio: 0.5, SecretRotationGracePeriodRatioJitter: 0.01}
 	client, err := citadel.NewCitadelClient(options, &citadel.TLSOptions{RootCert: k.rootFile()})

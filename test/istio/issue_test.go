@@ -49,7 +49,8 @@ func TestAnAgentGetsItsFirstCertificateWithAToken(t *testing.T) {
 				t.Errorf("the ledger has it valid from %s to %s, and it is from %s to %s",
 					r.Issue.NotBefore, r.Issue.NotAfter, id.leaf().NotBefore, id.leaf().NotAfter)
 			}
-			if want := (proof{Method: "kubernetes", Issuer: "main", Subject: "system:serviceaccount:ns1:sa1"}); len(r.Issue.Proofs) != 1 || r.Issue.Proofs[0] != want {
+			want := proof{Method: "kubernetes", Issuer: "main", Subject: "system:serviceaccount:ns1:sa1"}
+			if len(r.Issue.Proofs) != 1 || r.Issue.Proofs[0] != want {
 				t.Errorf("the ledger has the proofs %v instead of %v", r.Issue.Proofs, want)
 			}
 			if r.Issue.Holder.Kind != "pod" || r.Issue.Holder.ID != podUID {

@@ -7,8 +7,8 @@ import (
 
 // Problem is one thing that is wrong with a configuration.
 type Problem struct {
-	Path string // of the key, like "callers.tokenIssuers[0].issuer"; "": the file as a whole
-	Text string // what is wrong, and what to do
+	Path string `json:"path"` // of the key, like "callers.tokenIssuers[0].issuer"; "": the file as a whole
+	Text string `json:"text"` // what is wrong, and what to do
 }
 
 func (p Problem) String() string {
