@@ -52,8 +52,9 @@ type CA struct {
 
 	trust atomic.Pointer[trust] // what is signed with and trusted now
 
-	change   sync.Mutex // held while authorities change
-	problems problems
+	change    chan struct{} // holds one element while authorities change: see lock
+	problems  problems
+	destroyed map[ledger.Hash]bool // removed authorities whose keys are gone for certain; used by one goroutine
 }
 
 // trust is what the CA signs with and trusts at one moment. It is never changed, only replaced.
@@ -74,24 +75,53 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 	c := &CA{
 		td: o.TrustDomain, ledger: o.Ledger, root: o.Root, rootCoverage: o.RootCoverage, keys: o.Keys, profiles: o.Profiles,
 		issuingLifetime: o.IssuingLifetime, issuingKey: o.IssuingKey, otherIssuers: o.OtherIssuers,
-		now: o.Clock.Wall, guarded: o.Guarded, log: o.Logger, problems: problems{said: map[string]error{}},
+		now: o.Clock.Wall, guarded: o.Guarded, log: o.Logger,
+		problems: problems{said: map[string]error{}}, change: make(chan struct{}, 1), destroyed: map[ledger.Hash]bool{},
 	}
 	c.clients = NewClientCertificates(o.TrustDomain, o.Ledger, o.Clock.Wall)
-	if err := c.takeUpRoots(ctx); err != nil {
+	if err := c.takeUpRoots(ctx); errors.Is(err, errRootAway) {
+		c.note("root", err)
+	} else if err != nil {
 		return nil, err
 	}
 	if err := c.reload(ctx); err != nil {
 		return nil, err
 	}
 	if err := c.RenewIssuing(ctx); err != nil {
-		return nil, err
+		if _, _, unable := c.trust.Load().signer(c.now(), c.profiles[DefaultProfile].MinTTL()); unable != nil {
+			return nil, err
+		}
+		c.note("issuing CA", err) // the one that there is still signs
 	}
 	return c, nil
 }
 
+// lock makes sure that only one change of authorities is under way, and waits for it no longer than ctx.
+func (c *CA) lock(ctx context.Context) error {
+	select {
+	case c.change <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for another change of the authorities: %w", ctx.Err())
+	}
+}
+
+func (c *CA) unlock() { <-c.change }
+
+// errRootAway says that the root does not answer, though the ledger knows what it would say.
+var errRootAway = errors.New("the root does not answer")
+
 // takeUpRoots records the roots on the first day, and on every later one makes sure that they are the same.
 func (c *CA) takeUpRoots(ctx context.Context) error {
+	_, err := c.ledger.CurrentBundle()
+	firstDay := errors.Is(err, ledger.ErrNotFound)
+	if err != nil && !firstDay {
+		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
+	}
 	roots, err := c.root.Roots(ctx)
+	if err != nil && !firstDay {
+		return fmt.Errorf("%w: what the ledger knows of it goes on serving: %w", errRootAway, err)
+	}
 	if err != nil {
 		return fmt.Errorf("asking the root for its trust anchors: %w", err)
 	}
@@ -109,10 +139,8 @@ func (c *CA) takeUpRoots(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading the authorities from the ledger: %w", err)
 	}
-	if _, err := c.ledger.CurrentBundle(); errors.Is(err, ledger.ErrNotFound) {
+	if firstDay {
 		return c.recordRoots(ctx, roots)
-	} else if err != nil {
-		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
 	}
 	for _, record := range records {
 		if record.Role != ledger.RoleRoot || record.State == ledger.StateRemoved {
@@ -232,9 +260,12 @@ func (c *CA) Changed() <-chan struct{} { return c.trust.Load().changed }
 // ClientCertificates verifies certificates that callers present.
 func (c *CA) ClientCertificates() *ClientCertificates { return c.clients }
 
-// Ready says whether this CA can sign and record now: a probe signature with the active key, and a durable write to the ledger.
+// Now is the CA's wall clock.
+func (c *CA) Now() time.Time { return c.now() }
+
+// Ready says whether this CA can issue now: an issuing CA with enough life left, a probe signature with the active key, and a durable write to the ledger.
 func (c *CA) Ready(ctx context.Context) error {
-	active, err := c.signer()
+	active, _, err := c.trust.Load().signer(c.now(), c.profiles[DefaultProfile].MinTTL())
 	if err != nil {
 		return err
 	}
@@ -282,8 +313,29 @@ func (c *CA) Problems() []error {
 	if err := c.ledger.Fault(); err != nil {
 		all = append(all, fmt.Errorf("ledger: %w", err))
 	}
+	if err := c.ending(); err != nil {
+		all = append(all, err)
+	}
 	if err := c.guarded.Behind(); err != nil {
 		all = append(all, fmt.Errorf("clock: %w", err))
 	}
 	return all
+}
+
+// ending says when certificates are, or soon will be, cut short by the end of what they chain to.
+func (c *CA) ending() error {
+	t, now := c.trust.Load(), c.now()
+	for _, root := range t.roots {
+		if left := root.notAfter.Sub(now); left < 2*c.issuingLifetime {
+			return fmt.Errorf("root: %s ends at %s, in less than two lifetimes of an issuing CA: plan its successor now", root.short(), root.notAfter.Format(time.RFC3339))
+		}
+	}
+	var longest time.Duration
+	for _, profile := range c.profiles {
+		longest = max(longest, profile.MaxTTL())
+	}
+	if t.active != nil && t.active.notAfter.Sub(now) < longest {
+		return fmt.Errorf("issuing CA: %s ends at %s, so certificates are cut short: its renewal is overdue", t.active.short(), t.active.notAfter.Format(time.RFC3339))
+	}
+	return nil
 }

@@ -3,10 +3,12 @@ package ca
 import (
 	"bytes"
 	"context"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -30,6 +32,7 @@ type ClientCertificates struct {
 type clientIssuer struct {
 	id      ledger.Hash
 	cert    *x509.Certificate
+	anchor  *x509.CertPool // of cert alone
 	own     bool
 	tainted bool
 }
@@ -45,6 +48,13 @@ type ClientCertificate struct {
 	Own    bool // this CA issued it
 }
 
+// Limits on what a caller may present.
+const (
+	maxClientChain   = 10   // certificates, as crypto/x509 has it for paths; beyond the leaf they are not looked at
+	maxClientRSABits = 8192 // as crypto/tls has it
+	maxSPIFFEID      = 2048 // octets (SPIFFE-ID 2.4)
+)
+
 // NewClientCertificates makes a verifier that knows no issuing CA yet.
 func NewClientCertificates(td spiffeid.TrustDomain, book *ledger.Ledger, now func() time.Time) *ClientCertificates {
 	c := &ClientCertificates{td: td, ledger: book, now: now}
@@ -52,148 +62,143 @@ func NewClientCertificates(td spiffeid.TrustDomain, book *ledger.Ledger, now fun
 	return c
 }
 
-// setAuthorities replaces the issuing CAs that count: own ones that are not removed, and others'.
+// setAuthorities replaces the issuing CAs that count: own ones that are not removed, and others'. One that is both is our own.
 func (c *ClientCertificates) setAuthorities(own []*authority, others []*x509.Certificate) {
 	var all []clientIssuer
+	add := func(issuer clientIssuer) {
+		if slices.ContainsFunc(all, func(there clientIssuer) bool { return there.id == issuer.id }) {
+			return
+		}
+		issuer.anchor = x509.NewCertPool()
+		issuer.anchor.AddCert(issuer.cert)
+		all = append(all, issuer)
+	}
 	for _, a := range own {
-		all = append(all, clientIssuer{id: a.record.ID, cert: a.cert, own: true, tainted: a.record.Tainted})
+		add(clientIssuer{id: a.record.ID, cert: a.cert, own: true, tainted: a.record.Tainted})
 	}
 	for _, cert := range others {
-		all = append(all, clientIssuer{id: AuthorityID(cert), cert: cert})
+		add(clientIssuer{id: AuthorityID(cert), cert: cert})
 	}
 	c.issuers.Store(&all)
 }
 
-// issuedBackdate is about how far before its signing a certificate's notBefore lies: a hint for the search in the ledger.
-const issuedBackdate = time.Minute
-
 // Verify judges the certificate at this moment; errors are ErrUnauthenticated, or ErrUnavailable when the ledger cannot be read. Only the leaf
-// counts: what a caller sends along is not looked at.
+// counts: what a caller sends along is not looked at. That the caller has the leaf's key is for the TLS handshake to see to.
 func (c *ClientCertificates) Verify(ctx context.Context, chain []*x509.Certificate) (ClientCertificate, error) {
-	if len(chain) == 0 {
-		return ClientCertificate{}, Unauthenticated(errors.New("no client certificate"))
+	refuse := func(format string, args ...any) (ClientCertificate, error) {
+		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate"+format, args...))
+	}
+	if len(chain) == 0 || len(chain) > maxClientChain {
+		return refuse(": there are %d certificates, and 1 to %d are looked at", len(chain), maxClientChain)
 	}
 	leaf := chain[0]
 	id, err := c.checkForm(leaf)
 	if err != nil {
-		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %x: %w", leaf.SerialNumber, err))
+		return refuse(" with serial %.130x: %w", leaf.SerialNumber, err)
 	}
-	issuer, err := c.findIssuer(leaf)
+	serial, now := ledger.Serial(leaf.SerialNumber.Bytes()), c.now()
+	issuer, err := c.findIssuer(leaf, now)
 	if err != nil {
-		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %x of %s: %w", leaf.SerialNumber, id, err))
-	}
-	serial := ledger.Serial(leaf.SerialNumber.Bytes())
-	proven := ClientCertificate{
-		ID: id, Serial: serial, Own: issuer.own,
-		Proof:  ledger.Proof{Method: MethodClientCertificate, Issuer: issuer.id.String(), Subject: serial.String(), Time: ledger.At(c.now())},
-		Holder: ledger.Holder{Kind: "lineage", ID: serial.String()},
-	}
-	if !issuer.own {
-		return proven, nil
+		return refuse(" %s of %s: %w", serial, id, err)
 	}
 	revoked, err := c.ledger.Revoked(serial)
 	if err != nil {
 		return ClientCertificate{}, Unavailable(fmt.Errorf("looking for a revocation of client certificate %s: %w", serial, err))
 	}
 	if revoked {
-		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %s of %s is revoked", serial, id))
+		return refuse(" %s of %s is revoked", serial, id)
+	}
+	proven := ClientCertificate{
+		ID: id, Serial: serial, Own: issuer.own,
+		Proof:  ledger.Proof{Method: MethodClientCertificate, Issuer: issuer.id.String(), Subject: serial.String(), Time: ledger.At(now)},
+		Holder: ledger.Holder{Kind: "lineage", ID: serial.String()},
+	}
+	if !issuer.own {
+		return proven, nil
 	}
 	return c.lineage(ctx, leaf, proven)
 }
 
+// issuedBackdate is about how far before its signing a certificate's notBefore lies: a hint for the search in the ledger.
+const issuedBackdate = time.Minute
+
 // lineage adds what the ledger knows of a certificate that one of our issuing CAs signed.
 func (c *ClientCertificates) lineage(ctx context.Context, leaf *x509.Certificate, proven ClientCertificate) (ClientCertificate, error) {
-	lifetime := leaf.NotAfter.Sub(leaf.NotBefore)
-	event, err := c.ledger.FindIssue(ctx, proven.Serial, leaf.NotBefore.Add(min(issuedBackdate, lifetime/11)))
+	backdate := min(issuedBackdate, leaf.NotAfter.Sub(leaf.NotBefore)/11) // it is a tenth of what comes after it at most, see Profile.Backdate
+	event, err := c.ledger.FindIssue(ctx, proven.Serial, leaf.NotBefore.Add(backdate))
 	if errors.Is(err, ledger.ErrNotFound) {
 		return proven, nil // pruned, or of a log that this one replaced
 	}
 	if err != nil {
 		return ClientCertificate{}, Unavailable(fmt.Errorf("looking client certificate %s up in the ledger: %w", proven.Serial, err))
 	}
-	issue := event.Body.(*ledger.Issue)
-	if issue.Certificate != ledger.Hash(sha256.Sum256(leaf.Raw)) {
-		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %s is not the one that number %d in the ledger records under this serial: "+
-			"somebody else signs with the key of an issuing CA", proven.Serial, event.Number))
+	issue, ok := event.Body.(*ledger.Issue)
+	if !ok || issue.Certificate != sha256.Sum256(leaf.Raw) {
+		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %s of %s is not the one that number %d in the ledger records under this serial: "+
+			"somebody else signs with the key of an issuing CA; find out who, and replace that CA", proven.Serial, proven.ID, event.Number))
 	}
 	proven.Number, proven.Holder, proven.First = event.Number, issue.Holder, issue.FirstProof
-	if proven.First == nil && len(issue.Proofs) > 0 {
+	proven.Proof.Issuer = issue.Authority.String() // of several with one key and name, the one that it was
+	// Without a FirstProof the lineage began with this issue, unless that itself was for a certificate of which nothing was known.
+	if proven.First == nil && len(issue.Proofs) > 0 && issue.Proofs[0].Method != MethodClientCertificate {
 		proven.First = &issue.Proofs[0]
 	}
 	return proven, nil
 }
 
-// checkForm makes the checks of X509-SVID 5.2 and 4 on a leaf, and of the trust domain and the time.
-func (c *ClientCertificates) checkForm(leaf *x509.Certificate) (spiffeid.ID, error) {
-	now := c.now()
+// checkForm checks that a certificate is an X.509-SVID leaf (X509-SVID 2, 4 and 5.2) for client authentication, and of our trust domain.
+// Time and signature are for findIssuer.
+func (c *ClientCertificates) checkForm(leaf *x509.Certificate) (id spiffeid.ID, err error) {
+	if key, ok := leaf.PublicKey.(*rsa.PublicKey); ok && (key.N.BitLen() < minRSABits || key.N.BitLen() > maxClientRSABits) {
+		return id, fmt.Errorf("its key is RSA of %d bits, and %d to %d are allowed", key.N.BitLen(), minRSABits, maxClientRSABits)
+	}
 	switch {
-	case now.Before(leaf.NotBefore):
-		return spiffeid.ID{}, fmt.Errorf("it is valid only from %s on", leaf.NotBefore.Format(time.RFC3339))
-	case now.After(leaf.NotAfter):
-		return spiffeid.ID{}, fmt.Errorf("it expired at %s", leaf.NotAfter.Format(time.RFC3339))
+	case leaf.SerialNumber.Sign() <= 0:
+		return id, errors.New("its serial number is not positive (RFC 5280 4.1.2.2)")
 	case leaf.IsCA:
-		return spiffeid.ID{}, errors.New("it is a CA certificate")
+		return id, errors.New("it is a CA certificate, and a leaf's cA is false (X509-SVID 4.1)")
 	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 || leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
-		return spiffeid.ID{}, errors.New("its keyUsage is not a leaf's")
-	case len(leaf.UnhandledCriticalExtensions) > 0:
-		return spiffeid.ID{}, fmt.Errorf("it has the unknown critical extension %s", leaf.UnhandledCriticalExtensions[0])
+		return id, errors.New("its keyUsage lacks digitalSignature, or has keyCertSign or cRLSign (X509-SVID 4.3)")
+	case !slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth):
+		return id, errors.New("its extKeyUsage lacks clientAuth (X509-SVID 4.4)")
 	case len(leaf.URIs) != 1:
-		return spiffeid.ID{}, fmt.Errorf("it has %d URI SANs, and an SVID has exactly one", len(leaf.URIs))
+		return id, fmt.Errorf("it has %d URI SANs, and an SVID has exactly one (X509-SVID 2)", len(leaf.URIs))
 	}
-	var clientAuth bool
-	for _, usage := range leaf.ExtKeyUsage {
-		clientAuth = clientAuth || usage == x509.ExtKeyUsageClientAuth
+	text := leaf.URIs[0].String()
+	if len(text) > maxSPIFFEID {
+		return id, fmt.Errorf("its URI SAN has %d octets, and a SPIFFE ID has at most %d (SPIFFE-ID 2.4)", len(text), maxSPIFFEID)
 	}
-	if !clientAuth {
-		return spiffeid.ID{}, errors.New("its extKeyUsage lacks clientAuth")
-	}
-	id, err := spiffeid.FromURI(leaf.URIs[0])
-	if err != nil {
-		return spiffeid.ID{}, fmt.Errorf("its URI SAN is not a SPIFFE ID: %w", err)
+	if id, err = spiffeid.FromString(text); err != nil {
+		return spiffeid.ID{}, fmt.Errorf("its URI SAN %.100q is not a SPIFFE ID: %w", text, err)
 	}
 	if !id.MemberOf(c.td) || id.Path() == "" {
-		return spiffeid.ID{}, fmt.Errorf("its SPIFFE ID %s is not a workload's of the trust domain %s", id, c.td)
+		return spiffeid.ID{}, fmt.Errorf("its SPIFFE ID %s is not that of a workload of the trust domain %s", id, c.td)
 	}
 	return id, nil
 }
 
 // findIssuer finds the issuing CA that signed the leaf itself. When its key is also a tainted authority's the leaf is refused: nobody can tell
-// under which certificate it was made.
-func (c *ClientCertificates) findIssuer(leaf *x509.Certificate) (*clientIssuer, error) {
-	now := c.now()
+// who made it.
+func (c *ClientCertificates) findIssuer(leaf *x509.Certificate, now time.Time) (*clientIssuer, error) {
 	issuers := *c.issuers.Load()
-	var found *clientIssuer
-	why := errors.New("none of the issuing CAs that count signed it")
+	why := fmt.Errorf("its issuer %.200q is none of the issuing CAs that count", leaf.Issuer.String())
 	for i := range issuers {
 		issuer := &issuers[i]
-		if !bytes.Equal(issuer.cert.RawSubject, leaf.RawIssuer) && !sharesKey(issuers, issuer) {
+		if !bytes.Equal(issuer.cert.RawSubject, leaf.RawIssuer) {
 			continue
 		}
-		if leaf.CheckSignatureFrom(issuer.cert) != nil {
+		// With one anchor and no intermediates the path is the leaf and the anchor. Both must be valid now, and the anchor's
+		// constraints on names and usages hold (RFC 5280 6.1).
+		if _, err := leaf.Verify(x509.VerifyOptions{Roots: issuer.anchor, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+			why = fmt.Errorf("it does not verify under the issuing CA %s: %w", issuer.id, err)
 			continue
 		}
-		switch {
-		case issuer.tainted:
-			return nil, fmt.Errorf("its issuing CA %s is tainted", issuer.id)
-		case !bytes.Equal(issuer.cert.RawSubject, leaf.RawIssuer):
-		case now.After(issuer.cert.NotAfter) || now.Before(issuer.cert.NotBefore):
-			why = fmt.Errorf("its issuing CA %s is not valid now", issuer.id)
-		default:
-			found = issuer
+		for _, other := range issuers {
+			if other.tainted && bytes.Equal(other.cert.RawSubjectPublicKeyInfo, issuer.cert.RawSubjectPublicKeyInfo) {
+				return nil, fmt.Errorf("the key that signed it is that of the issuing CA %s, which is tainted", other.id)
+			}
 		}
+		return issuer, nil // our own come first
 	}
-	if found == nil {
-		return nil, why
-	}
-	return found, nil
-}
-
-// sharesKey says whether another issuer has the same key: then a signature must be tried against each.
-func sharesKey(issuers []clientIssuer, issuer *clientIssuer) bool {
-	for i := range issuers {
-		if &issuers[i] != issuer && bytes.Equal(issuers[i].cert.RawSubjectPublicKeyInfo, issuer.cert.RawSubjectPublicKeyInfo) {
-			return true
-		}
-	}
-	return false
+	return nil, why
 }

@@ -64,11 +64,15 @@ type guardedState struct {
 	Guarded time.Time     `json:"guarded"`
 }
 
-// OpenGuardedClock goes on from what path holds; without the file it begins with the wall clock.
-func OpenGuardedClock(path string, clock Clock) (*GuardedClock, error) {
+// OpenGuardedClock goes on from what path holds. Without the file it begins with the time of the ledger's last event, or, when that has none
+// (zero), with the wall clock.
+func OpenGuardedClock(path string, clock Clock, lastEvent time.Time) (*GuardedClock, error) {
 	g := &GuardedClock{clock: clock, path: path, base: clock.Wall(), elapsed: clock.Elapsed()}
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
+		if !lastEvent.IsZero() {
+			g.base = earlier(g.base, lastEvent)
+		}
 		return g, g.Save()
 	}
 	if err != nil {

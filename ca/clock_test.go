@@ -10,7 +10,7 @@ import (
 
 func openGuarded(t *testing.T, path string, clock ca.Clock) *ca.GuardedClock {
 	t.Helper()
-	g, err := ca.OpenGuardedClock(path, clock)
+	g, err := ca.OpenGuardedClock(path, clock, time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}

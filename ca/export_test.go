@@ -6,7 +6,10 @@ import "context"
 var ParseCSR = parseCSR
 
 // Housekeep does what Run does at each tick.
-func (c *CA) Housekeep(ctx context.Context) { c.housekeep(ctx) }
+func (c *CA) Housekeep(ctx context.Context) {
+	c.renew(ctx)
+	c.chores(ctx)
+}
 
 // RemoveRetired does that part of it.
 func (c *CA) RemoveRetired(ctx context.Context) {

@@ -97,7 +97,7 @@ func (f *fixture) open(t *testing.T) error {
 			t.Fatal(err)
 		}
 	}
-	guarded, err := ca.OpenGuardedClock(filepath.Join(f.dir, "clock.json"), clock)
+	guarded, err := ca.OpenGuardedClock(filepath.Join(f.dir, "clock.json"), clock, time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,7 +27,8 @@ type Request struct {
 	RequestID string          // as in the logs
 }
 
-// Issue takes a caller through every step of the signing path.
+// Issue takes a caller through every step of the signing path. When the issuing CA is renewed in the middle of it, the steps from Prepare on are
+// taken once more, with the new one.
 func (c *CA) Issue(ctx context.Context, caller Caller, r Request) (*Issued, error) {
 	granted, err := c.Grant(caller, r.Profile)
 	if err != nil {
@@ -37,7 +38,16 @@ func (c *CA) Issue(ctx context.Context, caller Caller, r Request) (*Issued, erro
 	if err != nil {
 		return nil, err
 	}
-	prepared, err := requested.Prepare(r.TTL)
+	issued, err := requested.issue(ctx, r)
+	if errors.Is(err, errOutdated) {
+		issued, err = requested.issue(ctx, r)
+	}
+	return issued, err
+}
+
+// issue takes the steps that depend on which issuing CA is active.
+func (r *Requested) issue(ctx context.Context, request Request) (*Issued, error) {
+	prepared, err := r.Prepare(request.TTL)
 	if err != nil {
 		return nil, err
 	}
@@ -45,7 +55,7 @@ func (c *CA) Issue(ctx context.Context, caller Caller, r Request) (*Issued, erro
 	if err != nil {
 		return nil, err
 	}
-	return signed.Record(ctx, r.Delivery, r.RequestID)
+	return signed.Record(ctx, request.Delivery, request.RequestID)
 }
 
 // Granted is a caller that may have a certificate for its identity. It comes from Grant only.
@@ -123,22 +133,12 @@ func (r *Requested) Prepare(asked time.Duration) (*Prepared, error) {
 		return nil, err
 	}
 	t := c.trust.Load()
-	if t.active == nil || t.active.key == nil {
-		return nil, Unavailable(errors.New("there is no issuing CA that can sign"))
+	active, left, err := t.signer(c.now(), profile.MinTTL())
+	if err != nil {
+		return nil, err
 	}
-	now := c.now()
-	if left := t.active.notAfter.Sub(now).Truncate(time.Second); left < ttl {
-		if left < profile.MinTTL() {
-			return nil, Unavailable(fmt.Errorf("the issuing CA %s ends at %s: the %s that are left are less than the profile's minimum of %s",
-				t.active.short(), t.active.notAfter.Format(time.RFC3339), left, profile.MinTTL()))
-		}
-		ttl = left
-	}
-	if now.Before(t.active.cert.NotBefore) {
-		return nil, Unavailable(fmt.Errorf("this machine's clock says %s, before the issuing CA's notBefore %s: the clock was set back",
-			now.UTC().Format(time.RFC3339), t.active.cert.NotBefore.Format(time.RFC3339)))
-	}
-	p := &Prepared{requested: r, trust: t, authority: t.active, ttl: ttl}
+	ttl = min(ttl, left)
+	p := &Prepared{requested: r, trust: t, authority: active, ttl: ttl}
 	if clamped {
 		p.asked = asked
 	}
@@ -223,7 +223,7 @@ func (s *Signed) Record(ctx context.Context, delivery ledger.Delivery, requestID
 	if caller.First != nil && *caller.First != caller.Proofs[0] {
 		event.FirstProof = caller.First
 	}
-	number, err := c.appendIssue(ctx, event, caller.Presented)
+	number, err := c.appendIssue(ctx, event, caller.Presented, s.prepared.trust)
 	if err != nil {
 		return nil, err
 	}
@@ -253,7 +253,7 @@ func (s *Signed) issued(number uint64) *Issued {
 }
 
 // appendIssue appends an issue, and with it the confirmation of the certificate that its caller presented, if that is news.
-func (c *CA) appendIssue(ctx context.Context, event *ledger.Issue, presented *Presented) (number uint64, err error) {
+func (c *CA) appendIssue(ctx context.Context, event *ledger.Issue, presented *Presented, signedUnder *trust) (number uint64, err error) {
 	if presented != nil {
 		state, err := c.ledger.IssueState(presented.Number)
 		if err != nil {
@@ -266,30 +266,43 @@ func (c *CA) appendIssue(ctx context.Context, event *ledger.Issue, presented *Pr
 				return first + 1, nil
 			}
 			if !errors.Is(err, ledger.ErrAlready) { // somebody else confirmed it in the meantime
-				return 0, c.appendError(ctx, err)
+				return 0, c.appendError(ctx, err, signedUnder)
 			}
 		}
 	}
 	number, err = c.ledger.Append(ctx, event)
 	if err != nil {
-		return 0, c.appendError(ctx, err)
+		return 0, c.appendError(ctx, err, signedUnder)
 	}
 	return number, nil
 }
 
+// errOutdated says that the authority or the bundle changed between signing and recording, and that the change is taken up now.
+var errOutdated = errors.New("what this was signed with is no longer in use")
+
 // appendError says of which kind a refused append is.
-func (c *CA) appendError(ctx context.Context, err error) error {
+func (c *CA) appendError(ctx context.Context, err error, signedUnder *trust) error {
 	switch {
 	case errors.Is(err, ledger.ErrTokenSpent), errors.Is(err, ledger.ErrTokenUnknown), errors.Is(err, ledger.ErrTokenExpired):
 		return Unauthenticated(fmt.Errorf("the ledger refuses the join token: %w", err))
 	case errors.Is(err, ledger.ErrNotActive), errors.Is(err, ledger.ErrBelowFloor):
-		c.change.Lock()
-		defer c.change.Unlock()
-		return Unavailable(errors.Join(fmt.Errorf("what this was signed with is no longer in use: %w", err), c.reload(context.WithoutCancel(ctx))))
+		return Unavailable(errors.Join(fmt.Errorf("%w: %w", errOutdated, err), c.takeUp(ctx, signedUnder)))
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	}
 	return Unavailable(fmt.Errorf("recording the certificate in the ledger: %w", err))
+}
+
+// takeUp makes sure that the trust is a newer one than stale. Of many callers that find it stale, the first reloads.
+func (c *CA) takeUp(ctx context.Context, stale *trust) error {
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
+	if c.trust.Load() != stale {
+		return nil
+	}
+	return c.reload(ctx)
 }
 
 func hashText(text string) ledger.Hash { return sha256.Sum256([]byte(text)) }

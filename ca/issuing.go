@@ -23,14 +23,23 @@ const (
 	removalMargin = time.Hour   // how long after its last leaf expired an issuing CA is kept, for verifiers whose clock is behind
 )
 
-// RenewIssuing makes sure that there is an issuing CA in the first half of its life. The new one enters the ledger as
-// prepared, proves itself, and becomes active in the same commit in which the old one retires; both stay valid and
-// trusted, so that nothing that was issued breaks. When there is nothing to do, it does nothing.
+// RenewIssuing makes sure that there is an issuing CA in the first half of its life. The new one proves itself, enters the ledger as
+// prepared, and becomes active in the same commit in which the old one retires; both stay valid and trusted, so that nothing that was
+// issued breaks. When there is nothing to do, it does nothing.
 func (c *CA) RenewIssuing(ctx context.Context) error {
-	c.change.Lock()
-	defer c.change.Unlock()
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
 	now := c.trust.Load()
-	if now.active != nil && now.active.key != nil && c.now().Before(now.active.halfLife()) {
+	if now.active != nil && now.active.key == nil { // its key store may be back
+		if err := c.reload(ctx); err != nil {
+			return err
+		}
+		now = c.trust.Load()
+	}
+	// An active one whose life has not begun was made while the clock was ahead.
+	if t := c.now(); now.active != nil && now.active.key != nil && t.Before(now.active.halfLife()) && !t.Before(now.active.cert.NotBefore) {
 		return nil
 	}
 	next, ref, err := c.makeIssuing(ctx, now)
@@ -114,46 +123,61 @@ func (c *CA) activate(ctx context.Context, t *trust, next *authority) error {
 		}
 	}
 	if _, err := c.ledger.Append(ctx, events...); err != nil {
-		if errors.Is(err, ledger.ErrConflict) {
-			err = errors.Join(err, c.reload(ctx)) // an earlier commit that seemed lost did land: take that up
-		}
-		return fmt.Errorf("activating the new issuing CA: %w", err)
+		// The commit may have landed though it seemed to fail, or an earlier one did: take that up.
+		return fmt.Errorf("activating the new issuing CA: %w", errors.Join(err, c.reload(context.WithoutCancel(ctx))))
 	}
 	return nil
 }
 
-// Run renews and removes issuing CAs and prunes the ledger until ctx ends. What fails is tried again, sooner than the next tick
-// when it is a renewal, and is listed in Problems until it works.
+// Run renews and removes issuing CAs and prunes the ledger until ctx ends. What fails is tried again and is listed in Problems
+// until it works; a renewal that fails is tried again after 5 s, and then ever later, up to every 5 min.
 func (c *CA) Run(ctx context.Context) error {
+	renewal, chores := time.NewTimer(c.untilRenewal()), time.NewTicker(tick)
+	defer renewal.Stop()
+	defer chores.Stop()
 	retry := retryRenewal
 	for {
-		wait := tick
-		if active := c.trust.Load().active; active != nil {
-			wait = min(wait, max(active.halfLife().Sub(c.now()), 0)+time.Second)
-		}
-		if c.problems.has("issuing CA") {
-			wait = min(wait, retry)
-			retry = min(2*retry, maxRetry)
-		} else {
-			retry = retryRenewal
-		}
-		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
-			timer.Stop()
 			return c.guarded.Save()
-		case <-timer.C:
+		case <-chores.C:
+			c.chores(ctx)
+		case <-renewal.C:
+			if c.renew(ctx) == nil {
+				retry = retryRenewal
+				renewal.Reset(c.untilRenewal())
+				continue
+			}
+			renewal.Reset(retry)
+			retry = min(2*retry, maxRetry)
 		}
-		c.housekeep(ctx)
 	}
 }
 
-// housekeep does what is due.
-func (c *CA) housekeep(ctx context.Context) {
-	renewal, cancel := context.WithTimeout(ctx, renewalLimit)
+// untilRenewal is how long it is until a renewal may be due. It is never long, since the clock may be set.
+func (c *CA) untilRenewal() time.Duration {
+	active := c.trust.Load().active
+	if active == nil {
+		return 0
+	}
+	return min(tick, max(active.halfLife().Sub(c.now()), 0)+time.Second)
+}
+
+func (c *CA) renew(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
-	c.note("issuing CA", c.RenewIssuing(renewal))
+	err := c.RenewIssuing(ctx)
+	c.note("issuing CA", err)
+	return err
+}
+
+// chores does what is to be done now and then.
+func (c *CA) chores(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
+	defer cancel()
+	c.note("root", c.takeUpRoots(ctx))
 	c.note("removal of retired issuing CAs", c.removeRetired(ctx))
+	c.note("keys of removed issuing CAs", c.destroyKeys(ctx))
 	report, err := c.ledger.Prune(ctx, c.guarded.Now())
 	c.note("pruning the ledger", err)
 	if report.Events > 0 {
@@ -177,10 +201,12 @@ func (c *CA) note(about string, err error) {
 	}
 }
 
-// removeRetired lets go of issuing CAs under which no SVID is left, and destroys their keys. The clock is the guarded one (I8).
-func (c *CA) removeRetired(ctx context.Context) error {
-	c.change.Lock()
-	defer c.change.Unlock()
+// removeRetired lets go of issuing CAs under which no SVID is left. The clock is the guarded one (I8).
+func (c *CA) removeRetired(ctx context.Context) (err error) {
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
 	holdings, err := c.ledger.Holdings()
 	if err != nil {
 		return fmt.Errorf("reading the holdings: %w", err)
@@ -191,33 +217,44 @@ func (c *CA) removeRetired(ctx context.Context) error {
 			last[row.Chain] = end
 		}
 	}
-	var removed int
+	now, changed := c.guarded.Now(), false
 	for _, a := range c.trust.Load().issuing {
-		done := a.record.State == ledger.StateRetired || (a.record.State == ledger.StatePrepared && c.now().Sub(a.cert.NotBefore) > c.issuingLifetime/2)
-		if !done || c.guarded.Now().Before(last[a.hash].Add(removalMargin)) {
+		// One that was prepared and never became active was left by a crash.
+		leftover := a.record.State == ledger.StatePrepared && now.Sub(a.cert.NotBefore) > c.issuingLifetime/2
+		if a.record.State != ledger.StateRetired && !leftover || now.Before(last[a.hash].Add(removalMargin)) {
 			continue
 		}
-		if _, err := c.ledger.Append(ctx, &ledger.Authority{ID: a.record.ID, TrustDomain: c.td.Name(), From: a.record.State, To: ledger.StateRemoved,
-			Reason: "no unexpired certificate is left under it", By: "kedge"}); err != nil {
-			return fmt.Errorf("removing the issuing CA %s: %w", a.short(), err)
+		_, appendErr := c.ledger.Append(ctx, &ledger.Authority{ID: a.record.ID, TrustDomain: c.td.Name(), From: a.record.State, To: ledger.StateRemoved,
+			Reason: "no unexpired certificate is left under it", By: "kedge"})
+		if appendErr != nil {
+			err = errors.Join(err, fmt.Errorf("removing the issuing CA %s: %w", a.short(), appendErr))
 		}
-		removed++
-		if err := c.keys.Delete(ctx, a.record.KeyRef); err != nil {
-			return fmt.Errorf("destroying the key of the removed issuing CA %s: %w", a.short(), err)
-		}
-		c.log.Info("an issuing CA was removed and its key destroyed", "authority", a.record.ID)
+		changed = true // perhaps even though it failed
 	}
-	if removed == 0 {
-		return nil
+	if changed {
+		err = errors.Join(err, c.reload(ctx))
 	}
-	return c.reload(ctx)
+	return err
 }
 
-// has says whether about has a problem now.
-func (p *problems) has(about string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.said[about] != nil
+// destroyKeys deletes the keys of removed issuing CAs. Since deleting what is gone is no error, each is deleted once in a run of
+// the program: a crash between the removal and the deletion leaves nothing behind.
+func (c *CA) destroyKeys(ctx context.Context) error {
+	records, err := c.ledger.Authorities()
+	if err != nil {
+		return fmt.Errorf("reading the authorities from the ledger: %w", err)
+	}
+	for _, record := range records {
+		if record.State != ledger.StateRemoved || record.KeyRef == "" || c.destroyed[record.ID] {
+			continue
+		}
+		if err := c.keys.Delete(ctx, record.KeyRef); err != nil {
+			return fmt.Errorf("destroying the key of the removed issuing CA %s: %w", record.ID, err)
+		}
+		c.destroyed[record.ID] = true
+		c.log.Info("the key of a removed issuing CA is destroyed", "authority", record.ID)
+	}
+	return nil
 }
 
 func certsByID(t *trust) map[ledger.Hash]*x509.Certificate {
@@ -228,13 +265,22 @@ func certsByID(t *trust) map[ledger.Hash]*x509.Certificate {
 	return byID
 }
 
-// signer returns the authority that signs now.
-func (c *CA) signer() (*authority, error) {
-	active := c.trust.Load().active
-	if active == nil || active.key == nil {
-		return nil, Unavailable(errors.New("there is no issuing CA that can sign"))
+// signer returns the authority that signs now, and for how long at most. It is ErrUnavailable when there is none, when its life has not begun,
+// or when less than shortest is left of it.
+func (t *trust) signer(now time.Time, shortest time.Duration) (a *authority, left time.Duration, err error) {
+	a = t.active
+	if a == nil || a.key == nil {
+		return nil, 0, Unavailable(errors.New("there is no issuing CA that can sign"))
 	}
-	return active, nil
+	if now.Before(a.cert.NotBefore) {
+		return nil, 0, Unavailable(fmt.Errorf("this machine's clock says %s, before the issuing CA's notBefore %s: the clock was set back",
+			now.UTC().Format(time.RFC3339), a.cert.NotBefore.Format(time.RFC3339)))
+	}
+	if left = a.notAfter.Sub(now).Truncate(time.Second); left < shortest {
+		return nil, 0, Unavailable(fmt.Errorf("the issuing CA %s ends at %s: the %s that are left are less than the minimum of %s",
+			a.short(), a.notAfter.Format(time.RFC3339), left, shortest))
+	}
+	return a, left, nil
 }
 
 // probeSignature signs nothing of meaning with the authority's key, and verifies it.

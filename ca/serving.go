@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -17,11 +16,11 @@ import (
 // IssueServing makes a certificate for this CA's own TLS servers: DNS names and IPs, serverAuth only, no SPIFFE ID, so that it
 // authenticates nobody as a workload. It is recorded like every other.
 func (c *CA) IssueServing(ctx context.Context, pub crypto.PublicKey, names []string, ttl time.Duration) (*Issued, error) {
-	t := c.trust.Load()
-	if t.active == nil || t.active.key == nil {
-		return nil, Unavailable(errors.New("there is no issuing CA that can sign"))
+	t, now := c.trust.Load(), c.now().UTC().Truncate(time.Second)
+	a, _, err := t.signer(now, time.Second)
+	if err != nil {
+		return nil, err
 	}
-	a, now := t.active, c.now().UTC().Truncate(time.Second)
 	number, serial := newSerial(c.ledger.Head().Log)
 	template := &x509.Certificate{
 		SerialNumber: number, NotBefore: now.Add(-min(time.Minute, ttl/10).Truncate(time.Second)), NotAfter: earlier(now.Add(ttl), a.notAfter),
@@ -29,9 +28,6 @@ func (c *CA) IssueServing(ctx context.Context, pub crypto.PublicKey, names []str
 	}
 	if template.NotBefore.Before(a.cert.NotBefore) {
 		template.NotBefore = a.cert.NotBefore
-	}
-	if !template.NotAfter.After(now) {
-		return nil, Unavailable(fmt.Errorf("the issuing CA %s ended at %s", a.short(), a.notAfter.Format(time.RFC3339)))
 	}
 	for _, name := range names {
 		if ip := net.ParseIP(name); ip != nil {
@@ -53,7 +49,7 @@ func (c *CA) IssueServing(ctx context.Context, pub crypto.PublicKey, names []str
 	event.Names, event.Key = names, sha256.Sum256(spki)
 	event.Proofs = []ledger.Proof{{Method: "self", Time: ledger.At(now)}}
 	event.Holder = ledger.Holder{Kind: "self", ID: c.ledger.Head().Log.String()}
-	first, err := c.appendIssue(ctx, event, nil)
+	first, err := c.appendIssue(ctx, event, nil, t)
 	if err != nil {
 		return nil, err
 	}

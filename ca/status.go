@@ -89,9 +89,9 @@ func (c *CA) Authorities() ([]AuthorityStatus, error) {
 
 // Active is the id of the issuing CA that signs now, if there is one.
 func (c *CA) Active() (ledger.Hash, bool) {
-	a, err := c.signer()
-	if err != nil {
+	active := c.trust.Load().active
+	if active == nil || active.key == nil {
 		return ledger.Hash{}, false
 	}
-	return a.record.ID, true
+	return active.record.ID, true
 }

@@ -42,7 +42,10 @@ type superseded struct {
 func (l *Ledger) newBatch(tx *bolt.Tx) *batch {
 	head := l.Head()
 	wall := max(At(l.o.Now()), 0)
-	return &batch{l: l, tx: tx, wall: wall, now: max(wall, head.Time), head: head, authorities: map[Hash]*authorityRow{}, holdings: map[holdingKey]holdingRow{}}
+	return &batch{
+		l: l, tx: tx, wall: wall, now: max(wall, head.Time), head: head,
+		authorities: map[Hash]*authorityRow{}, holdings: map[holdingKey]holdingRow{},
+	}
 }
 
 func (b *batch) domain() *bolt.Bucket {

@@ -58,7 +58,8 @@ func (l *Ledger) fail(cause error) error {
 	return f.err
 }
 
-// heal tries until the file is sound and can be written, is found to be damaged, or the ledger is closed. It is the writer's: nothing else writes meanwhile.
+// heal tries until the file is sound and can be written, is found to be damaged, or the ledger is closed. The writer does it, so
+// that nothing else writes meanwhile.
 func (l *Ledger) heal() {
 	noted := ""
 	for wait := healFirst; ; wait = min(2*wait, healLast) {
@@ -118,10 +119,8 @@ func (l *Ledger) reopen() error {
 	cacheErr := dropCache(l.path)
 	var err error
 	if l.db, err = openStore(l.path, false); err == nil {
-		l.writable = true
 		return errors.Join(closeErr, cacheErr)
 	}
-	l.writable = false
 	var readErr error
 	l.db, readErr = openStore(l.path, true)
 	return errors.Join(err, readErr, closeErr, cacheErr)
@@ -129,10 +128,8 @@ func (l *Ledger) reopen() error {
 
 // recover is one try to heal.
 func (l *Ledger) recover() error {
-	if l.db == nil || !l.writable {
-		if err := l.reopen(); err != nil {
-			return fmt.Errorf("opening %s anew: %w", l.path, err)
-		}
+	if err := l.reopen(); err != nil {
+		return fmt.Errorf("opening %s anew: %w", l.path, err)
 	}
 	was := l.fault.Load()
 	var s state
@@ -146,7 +143,6 @@ func (l *Ledger) recover() error {
 		return sound(tx)
 	})
 	if err != nil {
-		l.writable = false // read it anew
 		return err
 	}
 	if err := l.probe(); err != nil {

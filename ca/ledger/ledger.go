@@ -61,9 +61,8 @@ type Ledger struct {
 	done    chan struct{} // closed when the writer has ended
 
 	// handle guards db against being swapped or closed under a reader. Transactions are short.
-	handle   sync.RWMutex
-	db       *bolt.DB // nil: closed, or lost to a fault that not even reading survived
-	writable bool     // db was opened for writing, after the latest failure
+	handle sync.RWMutex
+	db     *bolt.DB // nil: closed, or lost to a fault that not even reading survived
 
 	mu      sync.RWMutex // of what memory has of the file
 	head    Head
@@ -84,7 +83,7 @@ func Open(dir string, o Options) (*Ledger, error) {
 	}
 	l := &Ledger{
 		o: o, dir: dir, path: filepath.Join(dir, storeFile), queue: make(chan *draft, o.MaxQueue), closing: make(chan struct{}),
-		done: make(chan struct{}), maintenance: make(chan struct{}, 1), writable: true,
+		done: make(chan struct{}), maintenance: make(chan struct{}, 1),
 	}
 	if err := l.create(); err != nil {
 		return nil, err

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -30,7 +29,7 @@ type PruneReport struct {
 	Archives []string `json:"archives,omitempty"` // files that have what was dropped
 }
 
-// archivedSpan is a run of commits from the front of the log.
+// commitSpan is one commit at the front of the log.
 type commitSpan struct {
 	first uint64
 	count uint64
@@ -353,7 +352,7 @@ func (l *Ledger) writeArchive(ctx context.Context, w io.Writer, header archiveHe
 					commit.Events = append(commit.Events, bytes.Clone(events.Get(number(n))))
 				}
 				if commitHash(header.Before, commit.Events) != commit.Hash {
-					return damaged{errors.New("the commit at event " + fmt.Sprint(commit.First) + " does not match the hash chain; run 'kedge ledger verify'")}
+					return damaged{fmt.Errorf("the commit at event %d does not match the hash chain; run 'kedge ledger verify'", commit.First)}
 				}
 				header.Before = commit.Hash
 				commits = append(commits, commit)

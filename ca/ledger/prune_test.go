@@ -268,12 +268,14 @@ func TestNothingIsDroppedThatTheArchiveDoesNotHave(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, damaged := range map[string][]byte{
-		"cut short": text[:len(text)-1], "flipped": append(text[:len(text)-5:len(text)-5], "xxxxx"...), "longer": append(text[:len(text):len(text)], 0), "empty": {},
+		"cut short": text[:len(text)-1], "flipped": append(text[:len(text)-5:len(text)-5], "xxxxx"...),
+		"longer": append(text[:len(text):len(text)], 0), "empty": {},
 	} {
 		if err := os.WriteFile(path, damaged, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if report, err := h.Prune(context.Background(), h.clock.Now()); err == nil || !strings.Contains(err.Error(), path) || report.First != 1 || h.Head().First != 1 {
+		report, err := h.Prune(context.Background(), h.clock.Now())
+		if err == nil || !strings.Contains(err.Error(), path) || report.First != 1 || h.Head().First != 1 {
 			t.Errorf("%s: %+v, %v", name, report, err)
 		}
 	}

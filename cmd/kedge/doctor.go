@@ -120,7 +120,7 @@ func examineFiles(cfg *config.Config) []finding {
 			all = append(all, finding{key, wrong, err.Error(), ""})
 		case !info.Mode().IsRegular():
 			all = append(all, finding{key, wrong, path + " is not a file", "name a file"})
-		case secret && info.Mode().Perm()&0o077 != 0:
+		case secret && info.Mode().Perm()&0o037 != 0: // a secret that Kubernetes mounts may be read by the pod's group
 			all = append(all, finding{key, wrong, fmt.Sprintf("others may read %s (mode %#o)", path, info.Mode().Perm()), "chmod 600 " + path})
 		}
 	}

@@ -48,19 +48,21 @@ type server struct {
 	started time.Time
 	took    time.Duration // until it was ready
 
-	dataDir  string // absolute
-	ca       *ca.CA
-	authn    *authn.Authenticator
-	ready    *ops.Readiness
-	grpc     *grpc.Server
-	health   *health.Server
-	http     []*http.Server
-	csrAddr  string
-	opsAddr  string
-	closers  []func() error // in the order in which they were added; run in the opposite one
-	cancel   context.CancelFunc
-	running  sync.WaitGroup
-	failures chan error // of what should run until the end
+	dataDir string // absolute
+	ca      *ca.CA
+	authn   *authn.Authenticator
+	ready   *ops.Readiness
+	grpc    *grpc.Server
+	health  *health.Server
+	http    []*http.Server
+	csrAddr string
+	opsAddr string
+	closers []func() error // in the order in which they were added; run in the opposite one
+	cancel  context.CancelFunc
+	// endStreams ends what would otherwise hold up a stop: see istio.Connections.
+	endStreams context.CancelFunc
+	running    sync.WaitGroup
+	failures   chan error // of what should run until the end
 }
 
 // startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails.
@@ -91,11 +93,11 @@ func (s *server) start(ctx context.Context) (err error) {
 	if err := s.openCA(ctx, counters); err != nil {
 		return err
 	}
-	registry.MustRegister(metrics.Collector{CA: s.ca})
 	join, err := s.openAuthn(ctx)
 	if err != nil {
 		return err
 	}
+	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems})
 	return s.open(ctx, counters, registry, join)
 }
 
@@ -134,7 +136,7 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 		return err
 	}
 	clock := ca.SystemClock()
-	guarded, err := ca.OpenGuardedClock(filepath.Join(s.dataDir, "clock.json"), clock)
+	guarded, err := ca.OpenGuardedClock(filepath.Join(s.dataDir, "clock.json"), clock, lastEvent(book))
 	if err != nil {
 		return err
 	}
@@ -161,10 +163,13 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	if err := s.writeRoots(); err != nil {
 		return err
 	}
+	var streams context.Context
+	streams, s.endStreams = context.WithCancel(context.WithoutCancel(ctx))
 	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Timeout: c.CSR.CallTimeout.Std()}
 	s.grpc, s.health = istio.NewGRPCServer(door, certificate.TLS(), istio.Connections{
 		MaxAge: c.CSR.MaxConnectionAge.Std(), MaxAgeGrace: c.CSR.MaxConnectionAgeGrace.Std(), MinPing: c.CSR.KeepaliveMinTime.Std(),
 		Ping: c.CSR.KeepaliveTime.Std(), PingTimeout: c.CSR.KeepaliveTimeout.Std(), Reflection: c.CSR.Reflection, Stats: tracing.stats,
+		Streams: streams,
 	})
 	csr, err := listen("csr.listen", c.CSR.Listen)
 	if err != nil {
@@ -242,6 +247,7 @@ func (s *server) wait(ctx context.Context) error {
 	}
 	s.ready.Drain()
 	s.health.Shutdown()
+	s.endStreams()
 	stopped := make(chan struct{})
 	go func() {
 		s.grpc.GracefulStop()
@@ -264,8 +270,10 @@ func (s *server) wait(ctx context.Context) error {
 // close ends everything that was started.
 func (s *server) close() error {
 	var errs []error
-	if s.cancel != nil {
-		s.cancel()
+	for _, end := range []context.CancelFunc{s.cancel, s.endStreams} {
+		if end != nil {
+			end()
+		}
 	}
 	limit, cancel := context.WithTimeout(context.Background(), httpStopLimit)
 	defer cancel()
@@ -374,4 +382,13 @@ func readCertificates(paths []string) ([]*x509.Certificate, error) {
 		}
 	}
 	return all, nil
+}
+
+// lastEvent is when the ledger's last event was recorded; zero when it has none.
+func lastEvent(book *ledger.Ledger) time.Time {
+	head := book.Head()
+	if head.Number == 0 {
+		return time.Time{}
+	}
+	return head.Time.Time()
 }

@@ -1,7 +1,10 @@
 // Package authn finds out who is asking: it turns what a call brought (bearer token, client certificate) into a ca.Caller, or a refusal
 // whose full reason is for the log.
 //
-// Begin with New, let Run keep the keys of the token issuers fresh, and ask Authenticate for each call.
+// Begin with New, let Run fetch the keys of the token issuers and keep them fresh, and ask Authenticate for each call.
+//
+// Tokens are checked here, with keys that were fetched before: no issuer is asked about a single token. An issuer that cannot be reached
+// keeps its last keys, also over a restart; while it never had any, its tokens are ca.ErrUnavailable rather than refused for good.
 package authn
 
 import (
@@ -10,6 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -41,15 +46,20 @@ type Options struct {
 	Skew         time.Duration       // how far the clocks of issuers may be off; default 30 s
 	CacheDir     string              // where the last keys of each issuer are kept for a start while it is away; "": nowhere
 	Now          func() time.Time    // default time.Now
-	Logger       *slog.Logger
+	Logger       *slog.Logger        // default: nothing is logged
 }
 
-const defaultSkew = 30 * time.Second
+const (
+	defaultSkew = 30 * time.Second
+	maxSkew     = 5 * time.Minute // more would let expired tokens count for as long
+	maxOwnWord  = 256             // octets of what a caller says of itself
+)
 
 // Authenticator knows who is asking. Its methods may be called at once from several goroutines.
 type Authenticator struct {
 	td           spiffeid.TrustDomain
 	issuers      map[string]*issuer // by "iss"
+	order        []*issuer          // as configured
 	join         *JoinTokens
 	certificates CertificateVerifier
 	skew         time.Duration
@@ -57,20 +67,30 @@ type Authenticator struct {
 	log          *slog.Logger
 }
 
-// New checks the configuration. It asks no issuer for anything: one that is away is no reason not to start.
+// New checks the configuration, and takes up the keys that an earlier run kept. It asks no issuer for anything: one that is away is
+// no reason not to start.
 func New(o Options) (*Authenticator, error) {
 	a := &Authenticator{td: o.TrustDomain, issuers: map[string]*issuer{}, join: o.Join, certificates: o.Certificates, skew: o.Skew, now: o.Now, log: o.Logger}
+	if a.td.IsZero() {
+		return nil, errors.New("there is no trust domain")
+	}
 	if a.skew == 0 {
 		a.skew = defaultSkew
 	}
+	if a.skew < 0 || a.skew > maxSkew {
+		return nil, fmt.Errorf("the clock skew %s is not between 0 and %s", a.skew, maxSkew)
+	}
 	if a.now == nil {
 		a.now = time.Now
+	}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
 	}
 	names := map[string]bool{}
 	for _, c := range o.Issuers {
 		i, err := newIssuer(c, a, o.CacheDir)
 		if err != nil {
-			return nil, fmt.Errorf("token issuer %q: %w", c.Name, err)
+			return nil, fmt.Errorf("token issuer %.80q: %w", c.Name, err)
 		}
 		if a.issuers[c.Issuer] != nil || c.Issuer == joinIssuer {
 			return nil, fmt.Errorf("token issuer %q: the issuer %q is taken: tokens are told apart by it", c.Name, c.Issuer)
@@ -79,6 +99,7 @@ func New(o Options) (*Authenticator, error) {
 			return nil, fmt.Errorf("token issuer %q: there are two of that name", c.Name)
 		}
 		a.issuers[c.Issuer], names[c.Name] = i, true
+		a.order = append(a.order, i)
 	}
 	return a, nil
 }
@@ -93,11 +114,15 @@ type proven struct {
 }
 
 // Authenticate says who is asking. A token and a certificate must agree; if one of them is invalid the other counts, and the log says so.
-// Errors are ca.ErrUnauthenticated, ca.ErrDenied, or ca.ErrUnavailable when it cannot be known now; none contains a token.
+//
+// Every error is one of ca.ErrUnauthenticated, ca.ErrDenied (the credentials are good and contradict each other, or are no longer
+// allowed) and ca.ErrUnavailable (it cannot be known now). Its text is for the log and contains no token. The Caller that comes with
+// an error has only the network address and the cluster.
 func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Caller, error) {
-	caller := ca.Caller{Peer: c.Peer, ClusterID: c.ClusterID}
-	if len(c.Tokens) == 0 && (len(c.Certificates) == 0 || a.certificates == nil) {
-		return caller, ca.Unauthenticated(errors.New("the call brought neither a token nor a client certificate that counts"))
+	caller := ca.Caller{Peer: ownWord(c.Peer), ClusterID: ownWord(c.ClusterID)}
+	presented := len(c.Certificates) > 0 && a.certificates != nil
+	if len(c.Tokens) == 0 && !presented {
+		return caller, ca.Unauthenticated(errors.New("the call brought neither a token nor a client certificate that could count"))
 	}
 	var token *proven
 	var certificate *ca.ClientCertificate
@@ -105,7 +130,7 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 	if len(c.Tokens) > 0 {
 		token, tokenErr = a.token(ctx, c.Tokens)
 	}
-	if len(c.Certificates) > 0 && a.certificates != nil {
+	if presented {
 		var verified ca.ClientCertificate
 		if verified, certErr = a.certificates.Verify(ctx, c.Certificates); certErr == nil {
 			certificate = &verified
@@ -115,19 +140,22 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 	case token == nil && certificate == nil:
 		return caller, refusal(tokenErr, certErr)
 	case token != nil && certificate != nil && token.id != certificate.ID:
-		return caller, ca.Denied(fmt.Errorf("the token is for %s and the client certificate for %s", token.id, certificate.ID))
+		return caller, ca.Denied(fmt.Errorf("the token is for %s and the client certificate for %s: a call has one identity", token.id, certificate.ID))
 	case tokenErr != nil:
-		a.log.Warn("the token does not count, the client certificate does", "request_id", c.RequestID, "spiffe_id", certificate.ID, "reason", tokenErr, "peer", c.Peer)
+		a.log.Warn("the token does not count, the client certificate does", "request_id", c.RequestID, "spiffe_id", certificate.ID.String(),
+			"reason", tokenErr.Error(), "peer", c.Peer)
 	case certErr != nil:
-		a.log.Warn("the client certificate does not count, the token does", "request_id", c.RequestID, "spiffe_id", token.id, "reason", certErr, "peer", c.Peer)
+		a.log.Warn("the client certificate does not count, the token does", "request_id", c.RequestID, "spiffe_id", token.id.String(),
+			"reason", certErr.Error(), "peer", c.Peer)
 	}
 	if certificate != nil {
 		caller.ID, caller.Proofs, caller.First, caller.Holder = certificate.ID, []ledger.Proof{certificate.Proof}, certificate.First, certificate.Holder
 		if certificate.Own && certificate.Number > 0 {
 			caller.Presented = &ca.Presented{Number: certificate.Number, Serial: certificate.Serial}
 			caller.Replaces = certificate.Number
-		} else if token == nil {
-			a.log.Info("the ledger does not know where the lineage of a client certificate began", "request_id", c.RequestID, "spiffe_id", caller.ID, "serial", certificate.Serial)
+		} else {
+			a.log.Info("the ledger has no record of this client certificate, so that it is not known where its lineage began", "request_id", c.RequestID,
+				"spiffe_id", caller.ID.String(), "serial", certificate.Serial.String(), "own", certificate.Own)
 		}
 	}
 	if token != nil {
@@ -138,40 +166,65 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 	return caller, nil
 }
 
-// refusal joins why neither counted. What may work later is Unavailable, what is known and forbidden is Denied.
-func refusal(errs ...error) error {
-	err := errors.Join(errs...)
-	switch {
-	case errors.Is(err, ca.ErrUnavailable), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return ca.Unavailable(errors.New(err.Error()))
-	case errors.Is(err, ca.ErrDenied):
-		return ca.Denied(errors.New(err.Error()))
-	}
-	return ca.Unauthenticated(errors.New(err.Error()))
+// ownWord bounds what a caller says of itself, and makes it text that the ledger takes.
+func ownWord(text string) string {
+	return strings.ToValidUTF8(text[:min(len(text), maxOwnWord)], "\ufffd")
 }
 
-// Run keeps the issuers' keys fresh until ctx ends.
+// refusal says why nothing counted. When one of two credentials could not be judged now, trying again may help.
+func refusal(token, certificate error) error {
+	switch {
+	case certificate == nil:
+		return token
+	case token == nil:
+		return certificate
+	case errors.Is(token, ca.ErrUnavailable):
+		return fmt.Errorf("%w; %v", token, certificate)
+	case errors.Is(certificate, ca.ErrUnavailable):
+		return fmt.Errorf("%v; %w", token, certificate)
+	}
+	return ca.Unauthenticated(fmt.Errorf("%v; %v", token, certificate)) // of two kinds only this one remains
+}
+
+// Run fetches the issuers' keys and keeps them fresh until ctx ends. It is called once. Before it runs, a token whose key is not known
+// yet waits; after it ended, such a token is ca.ErrUnavailable.
 func (a *Authenticator) Run(ctx context.Context) error {
-	done := make(chan struct{})
-	for _, i := range a.issuers {
-		go func() {
-			i.keys.run(ctx)
-			done <- struct{}{}
-		}()
+	var running sync.WaitGroup
+	for _, i := range a.order {
+		running.Go(func() { i.keys.run(ctx) })
 	}
-	for range a.issuers {
-		<-done
-	}
+	running.Wait()
 	return nil
 }
 
-// Problems says which issuers are away, and what that means.
+// Problems says which issuers' keys cannot be had, since when, why, and what that means; for people.
 func (a *Authenticator) Problems() []string {
 	var all []string
-	for _, i := range a.issuers {
+	for _, i := range a.order {
 		if problem := i.keys.problem(); problem != "" {
 			all = append(all, fmt.Sprintf("token issuer %q: %s", i.name, problem))
 		}
+	}
+	return all
+}
+
+// IssuerStatus is how things stand with one token issuer.
+type IssuerStatus struct {
+	Name, Kind, Issuer string
+	Keys               int       // that can be used now
+	Fetched            time.Time // when they were had; zero: never
+	FailingSince       time.Time // when the first of the latest failures was; zero: the last fetch was good
+	Failure            string    // what the last fetch failed with; "": it was good, or there was none yet
+	Fetches, Failures  uint64    // since the start of the process
+}
+
+// Issuers says how things stand with each issuer, in the order of the configuration.
+func (a *Authenticator) Issuers() []IssuerStatus {
+	all := make([]IssuerStatus, 0, len(a.order))
+	for _, i := range a.order {
+		status := i.keys.status()
+		status.Name, status.Kind, status.Issuer = i.name, i.kind, i.issuer
+		all = append(all, status)
 	}
 	return all
 }

@@ -56,6 +56,12 @@ type JoinTokens struct {
 
 // NewJoinTokens checks the options.
 func NewJoinTokens(o JoinOptions) (*JoinTokens, error) {
+	if o.TrustDomain.IsZero() || o.Key == nil || o.Ledger == nil {
+		return nil, errors.New("join tokens need a trust domain, a key and a ledger")
+	}
+	if o.MaxTTL < time.Second {
+		return nil, fmt.Errorf("the longest life of a join token, %s, is less than 1s", o.MaxTTL)
+	}
 	j := &JoinTokens{td: o.TrustDomain, maxTTL: o.MaxTTL, ledger: o.Ledger, now: o.Now}
 	if j.now == nil {
 		j.now = time.Now
@@ -120,23 +126,26 @@ func (j *JoinTokens) allowed(id spiffeid.ID) error {
 }
 
 // verify checks a token in every respect but whether it is spent meanwhile: that the ledger decides in the commit that spends it.
-func (j *JoinTokens) verify(token *jwt.JSONWebToken, now time.Time, skew time.Duration) (*proven, error) {
+// skew is for a clock that was set back since; it prolongs nothing.
+func (j *JoinTokens) verify(token *jwt.JSONWebToken, header tokenHeader, now time.Time, skew time.Duration) (*proven, error) {
 	fail := func(format string, args ...any) (*proven, error) {
 		return nil, ca.Unauthenticated(fmt.Errorf("join token: "+format, args...))
 	}
-	header := token.Headers[0]
-	if header.Algorithm != string(jose.ES256) || header.ExtraHeaders[jose.HeaderType] != joinType {
-		return fail("its algorithm %s or its type is not a join token's", header.Algorithm)
+	if header.Algorithm != string(jose.ES256) || header.Type != joinType {
+		return fail("its algorithm %s or its type %.40q is not a join token's", header.Algorithm, header.Type)
 	}
 	if header.KeyID != j.kid {
 		return fail("it was signed with another key (%.64q): a token of another CA, or of before this one's key was lost", header.KeyID)
 	}
 	var c jwt.Claims
 	if err := token.Claims(j.public, &c); err != nil {
-		return fail("its signature is not good")
+		return fail("its signature is not good, or its claims cannot be read: %s", brief(err))
 	}
-	if c.Expiry == nil || c.ID == "" {
-		return fail("it has no expiry or no id")
+	if c.Expiry == nil || c.IssuedAt == nil || c.ID == "" {
+		return fail("it has no expiry, no time of issue or no id")
+	}
+	if !now.Before(c.Expiry.Time()) {
+		return fail("%.40q expired at %s", c.ID, c.Expiry.Time().UTC().Format(time.RFC3339))
 	}
 	if err := c.ValidateWithLeeway(jwt.Expected{Issuer: joinIssuer, AnyAudience: jwt.Audience{joinAudience + j.td.Name()}, Time: now}, skew); err != nil {
 		return fail("%.40q: %w", c.ID, err)
@@ -146,13 +155,13 @@ func (j *JoinTokens) verify(token *jwt.JSONWebToken, now time.Time, skew time.Du
 		return fail("%.40q: its subject: %w", c.ID, err)
 	}
 	if err := j.allowed(id); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("join token %.40q: %w", c.ID, err)
 	}
-	if err := j.ledger.Redeemable(c.ID); err != nil {
-		if errors.Is(err, ledger.ErrUnavailable) || errors.Is(err, ledger.ErrClosed) {
-			return nil, ca.Unavailable(fmt.Errorf("join token %s: %w", c.ID, err))
-		}
-		return fail("%s: %w", c.ID, err)
+	switch err := j.ledger.Redeemable(c.ID); {
+	case errors.Is(err, ledger.ErrTokenSpent), errors.Is(err, ledger.ErrTokenUnknown), errors.Is(err, ledger.ErrTokenExpired):
+		return fail("the ledger refuses it: %w", err)
+	case err != nil:
+		return nil, ca.Unavailable(fmt.Errorf("asking the ledger about join token %s: %w", c.ID, err))
 	}
 	return &proven{id: id, join: c.ID, proof: ledger.Proof{Method: ca.MethodJoinToken, Issuer: joinIssuer, Subject: c.ID, Time: ledger.At(now)},
 		holder: ledger.Holder{Kind: "install", ID: c.ID}}, nil

@@ -94,7 +94,7 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	keys, err := file.OpenKeyStore(file.KeyStoreOptions{Dir: filepath.Join(dir, "keys")})
 	must(err)
 	clock := ca.SystemClock()
-	guarded, err := ca.OpenGuardedClock(filepath.Join(dir, "clock.json"), clock)
+	guarded, err := ca.OpenGuardedClock(filepath.Join(dir, "clock.json"), clock, time.Time{})
 	must(err)
 	made := map[string]*ca.Profile{}
 	made[ca.DefaultProfile], err = ca.NewProfile(ca.DefaultProfile, ca.DefaultProfileConfig())
@@ -120,6 +120,10 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	callers, err := authn.New(authn.Options{TrustDomain: td, Join: d.join, Certificates: d.ca.ClientCertificates(), Logger: log,
 		Issuers: []authn.IssuerConfig{{Name: "main", Kind: authn.KindKubernetes, Issuer: tokenIssuer, Audiences: []string{"istio-ca"}, JWKSFile: filepath.Join(dir, "jwks.json")}}})
 	must(err)
+	background, cancel := context.WithCancel(context.Background())
+	fetching := make(chan error, 1)
+	go func() { fetching <- callers.Run(background) }()
+	t.Cleanup(func() { cancel(); <-fetching })
 	certificate, err := serving.New(t.Context(), d.ca, []string{"localhost", "127.0.0.1"}, time.Hour, log)
 	must(err)
 	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: metrics.New(d.registry), Log: log,

@@ -1,6 +1,7 @@
 package istio
 
 import (
+	"context"
 	"crypto/tls"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/stats"
+	"google.golang.org/grpc/status"
 	pb "istio.io/api/security/v1alpha1"
 )
 
@@ -32,6 +34,10 @@ type Connections struct {
 	PingTimeout time.Duration // … and disconnected when it does not answer
 	Reflection  bool          // whether gRPC reflection lists the services
 	Stats       stats.Handler // traces; nil: none
+
+	// Streams ends the streams of health and reflection, which do not end by themselves, so that a server can stop in good order
+	// as soon as its calls are answered; nil: they end with the server.
+	Streams context.Context
 }
 
 // NewGRPCServer makes the gRPC server of the CSR API's port, with health and, if asked for, reflection.
@@ -49,6 +55,14 @@ func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, 
 			Time: c.Ping, Timeout: c.PingTimeout, // finds peers that vanished without a word
 		}),
 	}
+	if c.Streams != nil {
+		options = append(options, grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+			ctx, cancel := context.WithCancel(stream.Context())
+			defer cancel()
+			defer context.AfterFunc(c.Streams, cancel)()
+			return handle(srv, endingStream{stream, ctx})
+		}))
+	}
 	if c.Stats != nil {
 		options = append(options, grpc.StatsHandler(c.Stats))
 	}
@@ -60,4 +74,24 @@ func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, 
 		reflection.Register(server)
 	}
 	return server, healthServer
+}
+
+// endingStream is a stream that ends with a context of its own.
+type endingStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s endingStream) Context() context.Context { return s.ctx }
+
+// RecvMsg waits for the client's next message, and no longer than the context lasts; what is left of it then ends with the stream.
+func (s endingStream) RecvMsg(message any) error {
+	received := make(chan error, 1)
+	go func() { received <- s.ServerStream.RecvMsg(message) }()
+	select {
+	case err := <-received:
+		return err
+	case <-s.ctx.Done():
+		return status.FromContextError(s.ctx.Err()).Err()
+	}
 }

@@ -64,7 +64,7 @@ type CSR struct {
 	MaxConnectionAge Duration `yaml:"maxConnectionAge"`
 	// How long calls that are under way may still take on a connection that ends. At least callTimeout.
 	MaxConnectionAgeGrace Duration `yaml:"maxConnectionAgeGrace"`
-	// Clients that ping more often than this are cut off. istio-agents ping every 30s.
+	// Clients that ping more often than this are cut off. istio-agents ping every 30s, and never more often than every 10s.
 	KeepaliveMinTime Duration `yaml:"keepaliveMinTime"`
 	// After this long without traffic the server pings a client, to find out that it is gone. At least 10s.
 	KeepaliveTime Duration `yaml:"keepaliveTime"`

@@ -181,6 +181,8 @@ func TestBadFilesAreRefusedWithTheTextThatTheDocsPromise(t *testing.T) {
 			"\ncallers.tokenIssuers[0].audiences: it is required: without it every token of the issuer would count, whomever it is meant for"},
 		{"OIDC without identity and audiences", issuer(", kind: oidc"), "callers.tokenIssuers[0].identity: it is required for oidc: it makes a SPIFFE ID path of the token's claims" +
 			"\ncallers.tokenIssuers[0].audiences: it is required: without it every token of the issuer would count, whomever it is meant for"},
+		{"two claims in one segment", issuer(", kind: oidc, audiences: [a], identity: '{claim:a}{claim:b}'"), `callers.tokenIssuers[0].identity: the identity template "{claim:a}{claim:b}" ` +
+			"has two claims in one segment: put a slash between them: write it like ci/{claim:repository_owner}"},
 		{"identity for Kubernetes", issuer(", identity: a"), "callers.tokenIssuers[0].identity: it is for oidc only: a kubernetes token is for ns/NAMESPACE/sa/ACCOUNT"},
 		{"two key sources", issuer(", jwksFile: f, jwksURL: 'https://a.example/keys'"), "callers.tokenIssuers[0].jwksURL: jwksFile is given too: keys come from one place. Remove one of the two"},
 		{"keys over http", issuer(", jwksURL: 'http://a.example/keys'"), `callers.tokenIssuers[0].jwksURL: "http://a.example/keys" is http, so that anybody on the way could put in keys of their own: use https`},

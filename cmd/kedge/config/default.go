@@ -19,7 +19,7 @@ func Default() *Config {
 			CallTimeout:           Duration(10 * time.Second),
 			MaxConnectionAge:      Duration(30 * time.Minute),
 			MaxConnectionAgeGrace: Duration(30 * time.Second),
-			KeepaliveMinTime:      Duration(10 * time.Second),
+			KeepaliveMinTime:      Duration(5 * time.Second),
 			KeepaliveTime:         Duration(time.Minute),
 			KeepaliveTimeout:      Duration(20 * time.Second),
 			Reflection:            true,

@@ -16,6 +16,7 @@ import (
 
 	"kedge/ca"
 	"kedge/ca/cfsslprofile"
+	"kedge/issuer/authn"
 )
 
 // How lifetimes fit together.
@@ -294,6 +295,10 @@ func (v *validation) tokenIssuer(path string, t TokenIssuer) {
 			v.refuse(path+".identity", "it is required for %s: it makes a SPIFFE ID path of the token's claims", KindOIDC)
 		case t.Kind == KindKubernetes && t.Identity != "":
 			v.refuse(path+".identity", "it is for %s only: a %s token is for ns/NAMESPACE/sa/ACCOUNT", KindOIDC, KindKubernetes)
+		case t.Kind == KindOIDC:
+			if _, err := authn.ParseIdentityTemplate(t.Identity); err != nil {
+				v.refuse(path+".identity", "%v", err)
+			}
 		}
 	}
 	if len(t.Audiences) == 0 {

@@ -1,0 +1,381 @@
+package ca
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"errors"
+	"math/big"
+	"net/url"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"kedge/ca/ledger"
+)
+
+// callers is a verifier over a real ledger, with an issuing CA of our own (active) under a root, and one of somebody else under the same root.
+type callers struct {
+	now      time.Time
+	root     signingCA
+	own      signingCA
+	stranger signingCA // under the same root, on no list
+	foreign  signingCA // on the list
+	book     *ledger.Ledger
+	verifier *ClientCertificates
+}
+
+type signingCA struct {
+	cert *x509.Certificate
+	key  crypto.Signer
+}
+
+var callersTD = spiffeid.RequireTrustDomainFromString("example.org")
+
+func newCallers(t *testing.T) *callers {
+	t.Helper()
+	c := &callers{now: time.Now().Truncate(time.Second)}
+	c.root = c.newCA(t, "root", signingCA{}, nil)
+	c.own = c.newCA(t, "own", c.root, nil)
+	c.stranger = c.newCA(t, "stranger", c.root, nil)
+	c.foreign = c.newCA(t, "foreign", signingCA{}, nil)
+	book, err := ledger.Open(t.TempDir(), ledger.Options{TrustDomain: callersTD.Name(), ProgramVersion: "0.1.0", Retention: time.Hour,
+		Now: func() time.Time { return c.now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { book.Close() })
+	c.book = book
+	c.verifier = NewClientCertificates(callersTD, book, func() time.Time { return c.now })
+	c.append(t, &ledger.Authority{ID: AuthorityID(c.root.cert), TrustDomain: callersTD.Name(), To: ledger.StateActive, Record: &ledger.Founded{Kind: "x509",
+		Role: ledger.RoleRoot, Key: keyID(c.root.cert), Certificate: c.root.cert.Raw, Coverage: ledger.Coverage{Kind: "complete"}}})
+	c.append(t, &ledger.Authority{ID: AuthorityID(c.own.cert), TrustDomain: callersTD.Name(), To: ledger.StatePrepared, Record: &ledger.Founded{Kind: "x509",
+		Role: ledger.RoleIssuing, Key: keyID(c.own.cert), Certificate: c.own.cert.Raw, Chain: [][]byte{c.own.cert.Raw}, Root: AuthorityID(c.root.cert),
+		KeyRef: "k", Coverage: ledger.Coverage{Kind: "complete"}}})
+	c.append(t, &ledger.Authority{ID: AuthorityID(c.own.cert), TrustDomain: callersTD.Name(), From: ledger.StatePrepared, To: ledger.StateActive})
+	c.append(t, &ledger.Bundle{TrustDomain: callersTD.Name(), Sequence: 1, Floor: 1, SHA256: sha256.Sum256([]byte("b")), Roots: [][]byte{c.root.cert.Raw}})
+	c.verifier.setAuthorities([]*authority{c.authority(c.own, false)}, []*x509.Certificate{c.foreign.cert})
+	return c
+}
+
+func (c *callers) append(t *testing.T, event ledger.Body) uint64 {
+	t.Helper()
+	number, err := c.book.Append(t.Context(), event)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return number
+}
+
+func (c *callers) authority(of signingCA, tainted bool) *authority {
+	return &authority{cert: of.cert, record: ledger.AuthorityRecord{ID: AuthorityID(of.cert), Tainted: tainted}}
+}
+
+func (c *callers) newCA(t *testing.T, name string, parent signingCA, key crypto.Signer) signingCA {
+	t.Helper()
+	if key == nil {
+		key = newECKey(t)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
+		NotBefore: c.now.Add(-time.Hour), NotAfter: c.now.Add(48 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign}
+	signer, issuer := parent.key, parent.cert
+	if signer == nil {
+		signer, issuer = key, template
+	}
+	return signingCA{c.sign(t, template, issuer, key.Public(), signer), key}
+}
+
+func (c *callers) sign(t *testing.T, template, parent *x509.Certificate, pub crypto.PublicKey, signer crypto.Signer) *x509.Certificate {
+	t.Helper()
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, pub, signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+func newECKey(t *testing.T) crypto.Signer {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// template is a good leaf, signed a moment ago.
+func (c *callers) template(t *testing.T) *x509.Certificate {
+	t.Helper()
+	serial := make([]byte, 16)
+	rand.Read(serial)
+	serial[0] = 1
+	return &x509.Certificate{
+		SerialNumber: new(big.Int).SetBytes(serial), NotBefore: c.now.Add(-time.Minute), NotAfter: c.now.Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
+		BasicConstraintsValid: true, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		URIs: []*url.URL{mustURL(t, "spiffe://example.org/ns/prod/sa/web")},
+	}
+}
+
+func mustURL(t *testing.T, text string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+func (c *callers) leaf(t *testing.T, by signingCA, change func(*x509.Certificate)) *x509.Certificate {
+	t.Helper()
+	template := c.template(t)
+	if change != nil {
+		change(template)
+	}
+	return c.sign(t, template, by.cert, newECKey(t).Public(), by.key)
+}
+
+// record puts the leaf into the ledger, as issuing it would.
+func (c *callers) record(t *testing.T, leaf *x509.Certificate, change func(*ledger.Issue)) uint64 {
+	t.Helper()
+	issue := &ledger.Issue{Serial: leaf.SerialNumber.Bytes(), Certificate: sha256.Sum256(leaf.Raw), SPIFFEID: "spiffe://example.org/ns/prod/sa/web",
+		NotBefore: ledger.At(leaf.NotBefore), NotAfter: ledger.At(leaf.NotAfter), Authority: AuthorityID(c.own.cert), Chain: ledger.ChainHash([][]byte{c.own.cert.Raw}),
+		Bundle: 1, Delivery: ledger.DeliveryResponse, Proofs: []ledger.Proof{{Method: MethodKubernetes, Issuer: "k", Subject: "s", Time: ledger.At(c.now)}},
+		Holder: ledger.Holder{Kind: "pod", ID: "uid-1"}}
+	if change != nil {
+		change(issue)
+	}
+	return c.append(t, issue)
+}
+
+func (c *callers) verify(leaf ...*x509.Certificate) (ClientCertificate, error) {
+	return c.verifier.Verify(context.Background(), leaf)
+}
+
+func (c *callers) refused(t *testing.T, reason string, leaf ...*x509.Certificate) {
+	t.Helper()
+	got, err := c.verify(leaf...)
+	if err == nil {
+		t.Fatalf("accepted as %s; want a refusal about %q", got.ID, reason)
+	}
+	if !errors.Is(err, ErrUnauthenticated) || errors.Is(err, ErrUnavailable) || errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), reason) {
+		t.Errorf("refused with %q; want it unauthenticated, about %q", err, reason)
+	}
+	if len(err.Error()) > 3000 {
+		t.Errorf("the reason has %d octets", len(err.Error()))
+	}
+}
+
+func TestAnOwnCertificateProvesWhatTheLedgerSaysOfIt(t *testing.T) {
+	c := newCallers(t)
+	leaf := c.leaf(t, c.own, nil)
+	number := c.record(t, leaf, nil)
+	got, err := c.verify(leaf, c.own.cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serial := ledger.Serial(leaf.SerialNumber.Bytes())
+	want := ClientCertificate{
+		ID:     spiffeid.RequireFromString("spiffe://example.org/ns/prod/sa/web"),
+		Proof:  ledger.Proof{Method: MethodClientCertificate, Issuer: AuthorityID(c.own.cert).String(), Subject: serial.String(), Time: ledger.At(c.now)},
+		First:  &ledger.Proof{Method: MethodKubernetes, Issuer: "k", Subject: "s", Time: ledger.At(c.now)},
+		Holder: ledger.Holder{Kind: "pod", ID: "uid-1"}, Number: number, Serial: serial, Own: true,
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+func TestTheFirstProofTravelsAlongTheLineage(t *testing.T) {
+	c := newCallers(t)
+	began := &ledger.Proof{Method: MethodJoinToken, Issuer: "kedge", Subject: "jti", Time: ledger.At(c.now.Add(-time.Hour))}
+	byCertificate := []ledger.Proof{{Method: MethodClientCertificate, Issuer: "a", Subject: "01", Time: ledger.At(c.now)}}
+	for name, test := range map[string]struct {
+		change func(*ledger.Issue)
+		want   *ledger.Proof
+	}{
+		"of a successor": {func(i *ledger.Issue) { i.Proofs, i.FirstProof = byCertificate, began }, began},
+		"of one whose own beginning was not known": {func(i *ledger.Issue) { i.Proofs = byCertificate }, nil},
+	} {
+		leaf := c.leaf(t, c.own, nil)
+		c.record(t, leaf, test.change)
+		got, err := c.verify(leaf)
+		if err != nil || !reflect.DeepEqual(got.First, test.want) {
+			t.Errorf("%s: got %+v (%v), want %+v", name, got.First, err, test.want)
+		}
+	}
+}
+
+func TestACertificateThatTheLedgerDoesNotKnowHasNoKnownBeginning(t *testing.T) {
+	c := newCallers(t)
+	for name, by := range map[string]signingCA{"own": c.own, "on the list": c.foreign} {
+		leaf := c.leaf(t, by, nil)
+		got, err := c.verify(leaf)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		serial := ledger.Serial(leaf.SerialNumber.Bytes())
+		if got.First != nil || got.Number != 0 || got.Own != (name == "own") || got.Holder != (ledger.Holder{Kind: "lineage", ID: serial.String()}) {
+			t.Errorf("%s: got %+v", name, got)
+		}
+		if got.Proof.Issuer != AuthorityID(by.cert).String() {
+			t.Errorf("%s: proven by %s", name, got.Proof.Issuer)
+		}
+	}
+}
+
+func TestCertificatesThatAreNoCallersLeafAreRefused(t *testing.T) {
+	c := newCallers(t)
+	for reason, change := range map[string]func(*x509.Certificate){
+		"expired":               func(l *x509.Certificate) { l.NotBefore, l.NotAfter = c.now.Add(-2*time.Hour), c.now.Add(-time.Second) },
+		"not yet valid":         func(l *x509.Certificate) { l.NotBefore = c.now.Add(time.Minute) },
+		"trust domain example.": func(l *x509.Certificate) { l.URIs = []*url.URL{mustURL(t, "spiffe://example.com/ns/prod/sa/web")} },
+		"has 2 URI SANs": func(l *x509.Certificate) {
+			l.URIs = append(l.URIs, mustURL(t, "spiffe://example.org/ns/prod/sa/other"))
+		},
+		"has 0 URI SANs":             func(l *x509.Certificate) { l.URIs, l.DNSNames = nil, []string{"web.example.org"} },
+		"not that of a workload":     func(l *x509.Certificate) { l.URIs = []*url.URL{mustURL(t, "spiffe://example.org")} },
+		"is not a SPIFFE ID":         func(l *x509.Certificate) { l.URIs = []*url.URL{mustURL(t, "https://example.org/ns/prod/sa/web")} },
+		`"spiffe://example.org/../x`: func(l *x509.Certificate) { l.URIs = []*url.URL{mustURL(t, "spiffe://example.org/../x")} },
+		"has 3000 octets": func(l *x509.Certificate) {
+			l.URIs = []*url.URL{mustURL(t, "spiffe://example.org/"+strings.Repeat("a", 3000-len("spiffe://example.org/")))}
+		},
+		"lacks clientAuth":       func(l *x509.Certificate) { l.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} },
+		"extKeyUsage lacks":      func(l *x509.Certificate) { l.ExtKeyUsage = nil },
+		"is a CA certificate":    func(l *x509.Certificate) { l.IsCA = true },
+		"lacks digitalSignature": func(l *x509.Certificate) { l.KeyUsage = x509.KeyUsageKeyEncipherment },
+		"has keyCertSign":        func(l *x509.Certificate) { l.KeyUsage |= x509.KeyUsageCertSign },
+		"unhandled critical": func(l *x509.Certificate) {
+			l.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{1, 2, 3}, Critical: true, Value: []byte{5, 0}}}
+		},
+	} {
+		t.Run(reason, func(t *testing.T) {
+			c.refused(t, reason, c.leaf(t, c.own, change))
+			c.refused(t, reason, c.leaf(t, c.foreign, change))
+		})
+	}
+}
+
+func TestOnlyDirectLeavesOfListedIssuingCAsCount(t *testing.T) {
+	c := newCallers(t)
+	c.refused(t, "none of the issuing CAs that count", c.leaf(t, c.stranger, nil), c.stranger.cert, c.root.cert)
+	c.refused(t, "none of the issuing CAs that count", c.leaf(t, c.root, nil), c.root.cert)
+	below := c.newCA(t, "below", c.own, nil)
+	c.refused(t, "none of the issuing CAs that count", c.leaf(t, below, nil), below.cert, c.own.cert)
+	impostor := c.newCA(t, "own", signingCA{}, nil) // has the name, and not the key
+	c.refused(t, "does not verify under the issuing CA", c.leaf(t, impostor, nil), impostor.cert)
+
+	c.verifier.setAuthorities([]*authority{c.authority(c.own, false)}, nil)
+	c.refused(t, "none of the issuing CAs that count", c.leaf(t, c.foreign, nil))
+	c.refused(t, "none of the issuing CAs that count", func() *x509.Certificate { c.verifier.setAuthorities(nil, nil); return c.leaf(t, c.own, nil) }())
+}
+
+func TestNothingCountsUnderAnIssuingCAThatHasExpired(t *testing.T) {
+	c := newCallers(t)
+	leaf := c.leaf(t, c.own, func(l *x509.Certificate) { l.NotAfter = c.now.Add(72 * time.Hour) })
+	c.now = c.now.Add(49 * time.Hour)
+	c.refused(t, "does not verify under the issuing CA", leaf)
+}
+
+func TestTaintedAuthoritiesAuthenticateNobody(t *testing.T) {
+	c := newCallers(t)
+	renewed := c.newCA(t, "own", c.root, c.own.key)   // the same name and key
+	renamed := c.newCA(t, "other", c.root, c.own.key) // the same key under another name
+	for name, own := range map[string][]*authority{
+		"it":                               {c.authority(c.own, true)},
+		"one that shares its key and name": {c.authority(renewed, true), c.authority(c.own, false)},
+		"one that shares its key":          {c.authority(c.own, false), c.authority(renamed, true)},
+	} {
+		c.verifier.setAuthorities(own, []*x509.Certificate{c.own.cert}) // a list does not help it
+		leaf := c.leaf(t, c.own, nil)
+		if _, err := c.verify(leaf); err == nil || !errors.Is(err, ErrUnauthenticated) || !strings.Contains(err.Error(), "tainted") {
+			t.Errorf("%s is tainted: %v", name, err)
+		}
+	}
+	c.verifier.setAuthorities([]*authority{c.authority(c.own, false), c.authority(c.stranger, true)}, nil)
+	if _, err := c.verify(c.leaf(t, c.own, nil)); err != nil {
+		t.Errorf("another authority's taint counts against it: %v", err)
+	}
+}
+
+func TestAuthoritiesThatShareAKeyAreToldApartByTheLedger(t *testing.T) {
+	c := newCallers(t)
+	renewed := c.newCA(t, "own", c.root, c.own.key)
+	c.verifier.setAuthorities([]*authority{c.authority(renewed, false), c.authority(c.own, false)}, []*x509.Certificate{c.own.cert})
+	leaf := c.leaf(t, c.own, nil)
+	number := c.record(t, leaf, nil)
+	got, err := c.verify(leaf)
+	if err != nil || !got.Own || got.Number != number || got.Proof.Issuer != AuthorityID(c.own.cert).String() {
+		t.Errorf("got %+v, %v", got, err)
+	}
+}
+
+func TestARevokedCertificateAuthenticatesNobody(t *testing.T) {
+	c := newCallers(t)
+	for _, by := range []signingCA{c.own, c.foreign} {
+		leaf := c.leaf(t, by, nil)
+		if _, err := c.verify(leaf); err != nil {
+			t.Fatal(err)
+		}
+		c.append(t, &ledger.Revoke{Serial: leaf.SerialNumber.Bytes(), NotAfter: ledger.At(leaf.NotAfter), By: "admin"})
+		c.refused(t, "is revoked", leaf)
+	}
+}
+
+func TestACertificateThatIsNotTheRecordedOneIsRefused(t *testing.T) {
+	c := newCallers(t)
+	leaf := c.leaf(t, c.own, nil)
+	c.record(t, leaf, nil)
+	forged := c.leaf(t, c.own, func(l *x509.Certificate) { l.SerialNumber = leaf.SerialNumber })
+	c.refused(t, "somebody else signs with the key of an issuing CA", forged)
+	if _, err := c.verify(leaf); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMonstersAreRefusedBeforeTheyCostAnything(t *testing.T) {
+	c := newCallers(t)
+	leaf := c.leaf(t, c.own, nil)
+	c.refused(t, "there are 0 certificates")
+	c.refused(t, "there are 11 certificates", leaf, leaf, leaf, leaf, leaf, leaf, leaf, leaf, leaf, leaf, leaf)
+	for bits, reason := range map[int]string{16384: "RSA of 16384 bits", 1024: "RSA of 1024 bits"} {
+		n, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), uint(bits-1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.SetBit(n, bits-1, 1).SetBit(n, 0, 1)
+		c.refused(t, reason, c.sign(t, c.template(t), c.own.cert, &rsa.PublicKey{N: n, E: 65537}, c.own.key))
+	}
+}
+
+func TestAnUnreadableLedgerMakesACallerWait(t *testing.T) {
+	c := newCallers(t)
+	leaf := c.leaf(t, c.own, nil)
+	c.record(t, leaf, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := c.verifier.Verify(ctx, []*x509.Certificate{leaf})
+	if !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrUnauthenticated) || !errors.Is(err, context.Canceled) {
+		t.Errorf("canceled: %v", err)
+	}
+	if err := c.book.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.verify(leaf); !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrUnauthenticated) {
+		t.Errorf("closed: %v", err)
+	}
+}

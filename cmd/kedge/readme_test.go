@@ -1,0 +1,122 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"kedge/test/process"
+)
+
+const readme = "../../README.md"
+
+// fenced are the contents of a page's fenced blocks of a language; "" are those without one.
+func fenced(t *testing.T, page, language string) []string {
+	t.Helper()
+	var blocks []string
+	for _, found := range regexp.MustCompile("(?ms)^```(\\w*)\n(.*?)^```$").FindAllStringSubmatch(process.Read(t, page), -1) {
+		if found[1] == language {
+			blocks = append(blocks, found[2])
+		}
+	}
+	if len(blocks) == 0 {
+		t.Fatalf("%s has no fenced block of %q", page, language)
+	}
+	return blocks
+}
+
+func check(t *testing.T, yaml string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "kedge.yaml")
+	process.Write(t, path, yaml)
+	out, err := exec.Command(process.Binary(), "config", "check", "--config", path).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s\n%s", err, out, yaml)
+	}
+	return string(out)
+}
+
+func TestTheConfigurationsOfTheReadmeAreGood(t *testing.T) {
+	blocks := fenced(t, readme, "yaml")
+	check(t, blocks[0]) // pointing Istio at it
+	if out := check(t, strings.Join(blocks[1:], "")); strings.Contains(out, "warning") {
+		t.Errorf("the file that is walked through block by block warns: %s", out)
+	}
+}
+
+func TestTheCommandsOfTheReadmeExist(t *testing.T) {
+	var commands int
+	for _, block := range fenced(t, readme, "") {
+		for _, line := range strings.Split(block, "\n") {
+			line, isCommand := strings.CutPrefix(line, "bin/kedge ")
+			if !isCommand {
+				continue
+			}
+			commands++
+			line, _, _ = strings.Cut(line, "#")
+			line, _, _ = strings.Cut(line, ">")
+			args := append(strings.Fields(line), "--help")
+			out, err := exec.Command(process.Binary(), args...).CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "Usage:\n  kedge "+args[0]) {
+				t.Errorf("kedge %s: %v\n%s", strings.Join(args, " "), err, out)
+			}
+		}
+	}
+	if commands < 10 {
+		t.Errorf("the README has only %d commands: are they still found?", commands)
+	}
+}
+
+// TestEveryVerbThatShowsSomethingHasJSON keeps the README's "and JSON with --json".
+func TestEveryVerbThatShowsSomethingHasJSON(t *testing.T) {
+	t.Parallel()
+	k := process.New(t, "")
+	k.Start(t)
+	join(t, k)
+	serial := regexp.MustCompile(`(?m)^serial +(\w+)$`).FindStringSubmatch(k.Must(t, "ledger", "show", "7"))[1]
+	for _, args := range [][]string{
+		{"authority", "list"}, {"bundle", "show"}, {"ledger", "show", "1"}, {"ledger", "show", serial}, {"ledger", "count"}, {"ledger", "verify"}, {"doctor"},
+		{"svid", "revoke", serial}, {"log", "level", "info"}, {"clock", "confirm"}, {"config", "print"}, {"token", "create", "--identity", "ns/default/sa/a"},
+	} {
+		if out := k.Must(t, append(args, "--json")...); !json.Valid([]byte(out)) {
+			t.Errorf("kedge %s --json prints no JSON:\n%s", strings.Join(args, " "), out)
+		}
+	}
+	for _, args := range [][]string{{"ledger", "list"}, {"ledger", "export"}} {
+		lines := strings.Split(strings.TrimSuffix(k.Must(t, append(args, "--json")...), "\n"), "\n")
+		for _, line := range lines {
+			if !json.Valid([]byte(line)) {
+				t.Errorf("kedge %s --json prints a line that is no JSON: %s", strings.Join(args, " "), line)
+			}
+		}
+	}
+}
+
+// TestTheDemoLeavesNothingBehind runs 'make demo' as a newcomer does.
+func TestTheDemoLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	program, err := filepath.Abs(process.Binary())
+	if err != nil {
+		t.Fatal(err)
+	}
+	temp := t.TempDir()
+	command := exec.Command("../../test/demo.sh", program)
+	command.Env = append(os.Environ(), "TMPDIR="+temp)
+	out, err := command.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, promised := range []string{"spiffe://cluster.local/ns/default/sa/web", ": OK\n", "the chain holds, and the holdings equal a recount", "join-token"} {
+		if !strings.Contains(string(out), promised) {
+			t.Errorf("the demo does not show %q:\n%s", promised, out)
+		}
+	}
+	left, err := os.ReadDir(temp)
+	if err != nil || len(left) > 0 {
+		t.Errorf("the demo left %v behind (%v)", left, err)
+	}
+}

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"kedge/issuer/admin"
+	"kedge/test/process"
+)
+
+func TestMain(m *testing.M) { os.Exit(process.Main(m)) }
+
+// TestTheCommandLine plays the sessions in testdata/script with the real program.
+func TestTheCommandLine(t *testing.T) {
+	bin := t.TempDir()
+	program, err := filepath.Abs(process.Binary())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(program, filepath.Join(bin, "kedge")); err != nil {
+		t.Fatal(err)
+	}
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH"))
+			return os.WriteFile(filepath.Join(e.WorkDir, "kedge.yaml"), []byte(process.Ports), 0o600)
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"waitready": waitReady, "exits": exits, "capture": capture, "json": jsonField, "table": checkTable, "lines": countLines, "append": appendText,
+		},
+	})
+}
+
+// waitReady [FOLDER] waits until the CA on the data folder is ready, and puts the address of its CSR API into CSR.
+func waitReady(ts *testscript.TestScript, neg bool, args []string) {
+	folder := "kedge-data"
+	if len(args) == 1 {
+		folder = args[0]
+	}
+	client := admin.NewClient(ts.MkAbs(filepath.Join(folder, "admin.sock")))
+	ts.Check(process.Poll(process.Patience, func() error {
+		status, err := client.Status(context.Background())
+		if err == nil && !status.Ready {
+			err = errors.New(status.NotReady)
+		}
+		ts.Setenv("CSR", status.CSRAddress)
+		return err
+	}))
+}
+
+// exits CODE PROGRAM ARGUMENT... runs a program that has to end with an exit code.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	code := 0
+	var exit *exec.ExitError
+	switch err := ts.Exec(args[1], args[2:]...); {
+	case errors.As(err, &exit):
+		code = exit.ExitCode()
+	default:
+		ts.Check(err)
+	}
+	if code != want {
+		ts.Fatalf("exit code %d, not %d\n%s%s", code, want, ts.ReadFile("stdout"), ts.ReadFile("stderr"))
+	}
+}
+
+// capture NAME FILE REGEXP puts what the expression's group matches in a file (or stdout, stderr) into an environment variable.
+func capture(ts *testscript.TestScript, neg bool, args []string) {
+	found := regexp.MustCompile("(?m)" + args[2]).FindStringSubmatch(ts.ReadFile(args[1]))
+	if found == nil {
+		ts.Fatalf("%s does not match %s:\n%s", args[1], args[2], ts.ReadFile(args[1]))
+	}
+	ts.Setenv(args[0], found[1])
+}
+
+// json PATH REGEXP finds a field of the JSON document in stdout, such as problems.0, and matches what it says.
+func jsonField(ts *testscript.TestScript, neg bool, args []string) {
+	var value any
+	if err := json.Unmarshal([]byte(ts.ReadFile("stdout")), &value); err != nil {
+		ts.Fatalf("stdout is not a JSON document: %v", err)
+	}
+	for _, step := range strings.Split(args[0], ".") {
+		switch v := value.(type) {
+		case map[string]any:
+			field, ok := v[step]
+			if !ok {
+				ts.Fatalf("%s: there is no %q in %v", args[0], step, v)
+			}
+			value = field
+		case []any:
+			i, err := strconv.Atoi(step)
+			if err != nil || i >= len(v) {
+				ts.Fatalf("%s: there is no %q in a list of %d", args[0], step, len(v))
+			}
+			value = v[i]
+		default:
+			ts.Fatalf("%s: %v has no fields", args[0], v)
+		}
+	}
+	text, ok := value.(string)
+	if !ok {
+		raw, err := json.Marshal(value)
+		ts.Check(err)
+		text = string(raw)
+	}
+	if !regexp.MustCompile("^(?:" + args[1] + ")$").MatchString(text) {
+		ts.Fatalf("%s is %s, which is not %s", args[0], text, args[1])
+	}
+}
+
+// table HEADING... makes sure that stdout is a table with these headings, of which every row has its cells below them; without
+// headings, one of two columns.
+func checkTable(ts *testscript.TestScript, neg bool, args []string) {
+	rows := strings.Split(strings.TrimSuffix(ts.ReadFile("stdout"), "\n"), "\n")
+	var starts []int // in characters
+	if len(args) > 0 {
+		if got := regexp.MustCompile(`  +`).Split(rows[0], -1); strings.Join(got, "|") != strings.Join(args, "|") {
+			ts.Fatalf("the headings are %q", got)
+		}
+		for _, heading := range args {
+			starts = append(starts, utf8.RuneCountInString(rows[0][:strings.Index(rows[0], heading)]))
+		}
+		rows = rows[1:]
+	} else {
+		first := regexp.MustCompile(`^(\S.*?  +)\S`).FindStringSubmatch(rows[0])
+		if first == nil {
+			ts.Fatalf("%q has no two columns", rows[0])
+		}
+		starts = []int{0, utf8.RuneCountInString(first[1])}
+	}
+	if len(rows) == 0 {
+		ts.Fatalf("the table has no rows")
+	}
+	for _, row := range rows {
+		characters := []rune(row)
+		for i, start := range starts {
+			if start >= len(characters) || characters[start] == ' ' || i > 0 && string(characters[start-2:start]) != "  " {
+				ts.Fatalf("column %d of %q does not begin at character %d\n%s", i+1, row, start, ts.ReadFile("stdout"))
+			}
+		}
+	}
+}
+
+// lines N makes sure that stdout has N lines.
+func countLines(ts *testscript.TestScript, neg bool, args []string) {
+	if got := strings.Count(ts.ReadFile("stdout"), "\n"); fmt.Sprint(got) != args[0] {
+		ts.Fatalf("%d lines, not %s:\n%s", got, args[0], ts.ReadFile("stdout"))
+	}
+}
+
+// append FILE TEXT adds a line to a file.
+func appendText(ts *testscript.TestScript, neg bool, args []string) {
+	path := ts.MkAbs(args[0])
+	text, err := os.ReadFile(path)
+	ts.Check(err)
+	ts.Check(os.WriteFile(path, append(text, args[1]+"\n"...), 0o600))
+}

@@ -1,0 +1,4 @@
+package authn
+
+// ParseJWKS is parseJWKS, for fuzzing.
+var ParseJWKS = parseJWKS

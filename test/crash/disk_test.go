@@ -1,0 +1,124 @@
+package crash
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+
+	"kedge/test/process"
+)
+
+// TestAFullDiskHealsByItself: nothing is issued that cannot be recorded, reading goes on, and when there is room again so does issuing.
+func TestAFullDiskHealsByItself(t *testing.T) {
+	t.Parallel()
+	disk := t.TempDir()
+	if err := syscall.Mount("kedge-test", disk, "tmpfs", 0, "size=4m,mode=0700"); err != nil {
+		process.Impossible(t, "mounting a small tmpfs", err)
+		return
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(disk, syscall.MNT_DETACH); err != nil {
+			t.Errorf("unmounting the tmpfs: %v", err)
+		}
+	})
+	cluster := process.NewCluster(t)
+	k := newCA(t, cluster, "")
+	k.Data = filepath.Join(disk, "data")
+	process.Write(t, k.Config, process.Read(t, k.Config)+fmt.Sprintf("dataDir: %q\n", k.Data))
+	t.Cleanup(func() { k.Kill(t) }) // before the tmpfs goes
+	k.Start(t)
+	l := newLoad(t, cluster)
+	stop := l.start(t, k)
+	l.await(t, 50)
+	stop()
+
+	fill(t, filepath.Join(disk, "filler"))
+	caller := k.Dial(t, nil)
+	process.Eventually(t, "a call that is refused since the disk is full", func() error {
+		issued, err := caller.Issue(t.Context(), l.keys[0].CSR, l.tokens[0], 0)
+		switch {
+		case err == nil:
+			l.leaves = append(l.leaves, issued.Leaf)
+			return errors.New("there was room for one more")
+		case status.Code(err) != codes.Unavailable:
+			t.Fatalf("the client was told %v", err)
+		}
+		return nil
+	})
+	process.Eventually(t, "/readyz to tell of the disk", func() error {
+		// A little room is left in the file itself, so that a small write may still succeed now and then: use it up.
+		if issued, err := caller.Issue(t.Context(), l.keys[0].CSR, l.tokens[0], 0); err == nil {
+			l.leaves = append(l.leaves, issued.Leaf)
+		}
+		code, body := k.Get(t, "/readyz")
+		if code != http.StatusServiceUnavailable || !strings.Contains(body, "the disk is full") || !strings.Contains(body, "free some space") {
+			return fmt.Errorf("%d %s", code, body)
+		}
+		if _, others := k.Get(t, "/healthz"); others != "ok\n" {
+			t.Errorf("/healthz: %s", others)
+		}
+		if fault := k.Metrics(t)["kedge_ledger_fault"]; fault != 1 {
+			return fmt.Errorf("kedge_ledger_fault is %v", fault)
+		}
+		r := k.Run(t, "doctor")
+		if r.Code != 4 || !strings.Contains(r.Stdout, "the disk is full") {
+			return fmt.Errorf("doctor: %s", r.Stdout)
+		}
+		return nil
+	})
+	if out := k.Must(t, "ledger", "list", "--limit", "3"); strings.Count(out, "\n") != 4 {
+		t.Errorf("reading the ledger meanwhile:\n%s", out)
+	}
+	health := func(want grpc_health_v1.HealthCheckResponse_ServingStatus) {
+		process.Eventually(t, "gRPC health to say "+want.String(), func() error {
+			state, err := caller.Health(t.Context())
+			if err == nil && state != want {
+				err = errors.New(state.String())
+			}
+			return err
+		})
+	}
+	health(grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	l.check(t, k)
+
+	if err := os.Remove(filepath.Join(disk, "filler")); err != nil {
+		t.Fatal(err)
+	}
+	k.Ready(t, process.Patience)
+	health(grpc_health_v1.HealthCheckResponse_SERVING)
+	stop = l.start(t, k)
+	l.await(t, 50)
+	stop()
+	l.check(t, k)
+	k.Stop(t)
+	k.Start(t)
+	l.check(t, k)
+}
+
+// fill writes a file until there is no room for another octet.
+func fill(t *testing.T, path string) {
+	t.Helper()
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for size := 1 << 16; size > 0; {
+		if _, err := file.Write(make([]byte, size)); errors.Is(err, syscall.ENOSPC) {
+			size /= 2
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := file.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

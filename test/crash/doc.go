@@ -1,0 +1,6 @@
+// Package crash holds the tests that are unkind to the real program: it is killed, stopped and starved of disk while clients are at work, its
+// fsync fails, what it depends on goes away. After each of them the same must hold: what a client received is in the ledger, and the CA
+// goes on by itself.
+//
+// KEDGE_KILL_ROUNDS sets how often TestKillNineUnderLoad kills it.
+package crash
