@@ -87,7 +87,6 @@ func TestAFullDiskHealsByItself(t *testing.T) {
 			return err
 		})
 	}
-	health(grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	l.check(t, k)
 
 	if err := os.Remove(filepath.Join(disk, "filler")); err != nil {
