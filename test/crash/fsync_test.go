@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 
+	"google.golang.org/grpc/health/grpc_health_v1"
+
 	"kedge/test/process"
 )
 
@@ -56,8 +58,8 @@ func TestAFailedFsyncHealsByItself(t *testing.T) {
 	stop := l.start(t, k)
 	l.await(t, 100)
 
-	// Each thread of the process fails at its first fdatasync; more than one may have to.
-	tracer, err := trace(t, k, "--inject=fdatasync:error=EIO:when=1..3")
+	watcher := k.Dial(t, nil)
+	tracer, err := trace(t, k, "--inject=fdatasync:error=EIO")
 	if err != nil {
 		process.Impossible(t, "strace cannot attach", err)
 		return
@@ -68,6 +70,19 @@ func TestAFailedFsyncHealsByItself(t *testing.T) {
 		}
 		return nil
 	})
+	process.Eventually(t, "gRPC health to say what /readyz says", func() error {
+		state, err := watcher.Health(t.Context())
+		if err == nil && state != grpc_health_v1.HealthCheckResponse_NOT_SERVING {
+			err = errors.New(state.String())
+		}
+		return err
+	})
+	if code, body := k.Get(t, "/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "input/output error") {
+		t.Errorf("/readyz: %d %s", code, body)
+	}
+	if out := k.Must(t, "ledger", "list", "--limit", "3"); strings.Count(out, "\n") != 4 {
+		t.Errorf("reading the ledger meanwhile:\n%s", out)
+	}
 	tracer.stop()
 	k.Ready(t, process.Patience)
 	l.await(t, 100)
