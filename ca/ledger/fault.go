@@ -3,11 +3,14 @@ package ledger
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // How long the writer waits between tries to heal: doubling from the first to the last.
@@ -15,6 +18,10 @@ const (
 	healFirst = 100 * time.Millisecond
 	healLast  = 2 * time.Second
 )
+
+// healRoom is how much room there must be on a disk that was full before the ledger is written again: more than the largest commit needs. With
+// less, small commits would succeed and the next large one fail, back and forth.
+const healRoom = 2 * maxCommitBytes
 
 // fault is why nothing is written at present. After a commit that failed it is open what of it reached the disk, so that nothing in
 // memory, and nothing in the kernel's cache, is believed until the file was opened anew and verified.
@@ -38,8 +45,8 @@ func isFull(err error) bool {
 
 func (l *Ledger) newFault(cause error) *fault {
 	if isFull(cause) {
-		return &fault{full: true, err: fmt.Errorf("%w: the disk is full (writing %s: %w): free some space on its file system; writing then resumes by itself",
-			ErrUnavailable, l.path, cause)}
+		return &fault{full: true, err: fmt.Errorf("%w: the disk is full (writing %s: %w): free some space on its file system, %d MiB or more; writing then resumes by itself",
+			ErrUnavailable, l.path, cause, healRoom>>20)}
 	}
 	return &fault{err: fmt.Errorf("%w: writing %s failed: %w; reading goes on, and writing resumes by itself once the file can be written and is verified",
 		ErrUnavailable, l.path, cause)}
@@ -128,10 +135,15 @@ func (l *Ledger) reopen() error {
 
 // recover is one try to heal.
 func (l *Ledger) recover() error {
+	was := l.fault.Load()
+	if was.full {
+		if err := room(l.dir, healRoom); err != nil {
+			return err
+		}
+	}
 	if err := l.reopen(); err != nil {
 		return fmt.Errorf("opening %s anew: %w", l.path, err)
 	}
-	was := l.fault.Load()
 	var s state
 	err := l.view(func(tx *bolt.Tx) (err error) {
 		if s, err = loadState(tx, l.o.TrustDomain); err != nil {
@@ -159,6 +171,26 @@ func (l *Ledger) recover() error {
 	if s.head.Number > before.Number {
 		l.o.Logger.Warn("a commit that failed had reached the disk after all: its events are kept",
 			"first", before.Number+1, "last", s.head.Number)
+	}
+	return nil
+}
+
+// room makes sure that size octets can be written to dir, by reserving them for a file that has no name: that asks quotas too.
+func room(dir string, size int64) error {
+	path := filepath.Join(dir, "room"+temporarySuffix)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("looking whether there is room on the disk again: %w", err)
+	}
+	err = os.Remove(path)
+	if err == nil {
+		err = unix.Fallocate(int(f.Fd()), 0, 0, size)
+	}
+	if errors.Is(err, unix.EOPNOTSUPP) { // some network file systems: a write will show
+		err = nil
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("there are no %d MiB of room in %s yet: %w", size>>20, dir, err)
 	}
 	return nil
 }

@@ -44,7 +44,7 @@ func unable(t *testing.T, format string, args ...any) {
 
 func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
 	t.Parallel()
-	dir, ok := smallDisk(t, "size=1m")
+	dir, ok := smallDisk(t, "size=40m")
 	if !ok {
 		return
 	}
@@ -106,6 +106,71 @@ func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
 	h.clean()
 }
 
+// A little room would let small commits through and refuse the next large one, back and forth: a full disk counts as full until a large one fits.
+func TestALittleRoomDoesNotHealAFullDisk(t *testing.T) {
+	t.Parallel()
+	dir, ok := smallDisk(t, "size=40m")
+	if !ok {
+		return
+	}
+	ballast := fillDisk(t, dir)
+	info, err := os.Stat(ballast)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, left := range []int64{0, 4096, healRoom - 1<<20} {
+		if err := os.Truncate(ballast, info.Size()-left); err != nil {
+			t.Fatal(err)
+		}
+		if err := room(dir, healRoom); !isFull(err) {
+			t.Errorf("with %d octets of room: %v", left, err)
+		}
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if err := room(dir, healRoom); err != nil {
+		t.Errorf("with room: %v", err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 0 {
+		t.Errorf("looking left %v behind (%v)", entries, err)
+	}
+}
+
+// A disk that hangs holds up nobody beyond the time that they have.
+func TestACommitThatHangsHoldsNobodyUp(t *testing.T) {
+	t.Parallel()
+	release, held := make(chan struct{}), make(chan struct{})
+	h := newHouse(t)
+	hang := &draft{done: make(chan struct{}), step: func(*batch) error {
+		close(held)
+		<-release
+		return nil
+	}}
+	hung := make(chan error, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { hung <- h.submit(ctx, hang) }()
+	<-held
+	waiting, stop := context.WithCancel(context.Background())
+	stopped := make(chan error, 1)
+	go func() {
+		_, err := h.Append(waiting, h.issue())
+		stopped <- err
+	}()
+	stop()
+	if err := <-stopped; !errors.Is(err, context.Canceled) || errors.Is(err, ErrUnavailable) {
+		t.Errorf("what waited behind it: %v", err)
+	}
+	cancel()
+	if err := <-hung; !errors.Is(err, context.Canceled) || !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "may turn out to be recorded") {
+		t.Errorf("what was in it: %v", err)
+	}
+	close(release)
+	<-hang.done
+	h.must(h.issue())
+	h.clean()
+}
+
 // smallDisk mounts a file system that is soon full.
 func smallDisk(t *testing.T, size string) (dir string, ok bool) {
 	t.Helper()
@@ -146,7 +211,7 @@ func (neverEnding) Read(b []byte) (int, error) { return len(b), nil }
 // When what comes back from the disk is sound in itself, and older than what was acknowledged, nothing is built on it.
 func TestALedgerThatLostEventsStaysFaulted(t *testing.T) {
 	t.Parallel()
-	dir, ok := smallDisk(t, "size=1m")
+	dir, ok := smallDisk(t, "size=40m")
 	if !ok {
 		return
 	}

@@ -60,6 +60,8 @@ type Ledger struct {
 	fault   atomic.Pointer[fault]
 	done    chan struct{} // closed when the writer has ended
 
+	committing atomic.Pointer[time.Time] // since when a commit is under way; nil: none is
+
 	// handle guards db against being swapped or closed under a reader. Transactions are short.
 	handle sync.RWMutex
 	db     *bolt.DB // nil: closed, or lost to a fault that not even reading survived
@@ -198,8 +200,9 @@ func (l *Ledger) Head() Head {
 // durable, and does not change them: what the ledger fills in is in the stored event only.
 //
 // A refusal wraps ErrNotActive, ErrBelowFloor, ErrNotFound, ErrTokenUnknown, ErrTokenExpired, ErrTokenSpent, ErrAlready or ErrConflict, and takes no
-// number. ErrBusy and ErrClosed mean that nothing was recorded; so does the error of ctx, if ctx ends before a commit
-// takes the events. After ErrUnavailable they may turn out to be recorded, as when a connection breaks: a failed fsync leaves that open.
+// number. ErrBusy and ErrClosed mean that nothing was recorded; so does the error of ctx without ErrUnavailable: ctx ended before a commit
+// took the events. After ErrUnavailable they may turn out to be recorded, as when a connection breaks: a failed fsync leaves that open, and
+// so does a ctx that ends before the commit does.
 func (l *Ledger) Append(ctx context.Context, events ...Body) (first uint64, err error) {
 	if len(events) == 0 {
 		return 0, errors.New("appending to the ledger: there is no event")

@@ -17,6 +17,9 @@ const (
 	maxDraftBytes  = 2 * maxEvent
 )
 
+// slowCommit is how long a commit may take before an error of something that waits for it says so.
+const slowCommit = time.Second
+
 // draft is what somebody waits for: events to be recorded, a probe, or a step of maintenance, which has a commit of its own.
 type draft struct {
 	bodies  []Body
@@ -49,10 +52,25 @@ func (l *Ledger) submit(ctx context.Context, d *draft) error {
 	case <-ctx.Done():
 	}
 	if d.claim.CompareAndSwap(false, true) {
-		return ctx.Err()
+		return fmt.Errorf("%swaiting for its turn: %w", l.stalled(), ctx.Err())
 	}
-	<-d.done // it is in a commit already
-	return d.err
+	// It is in a commit, which a disk that hangs may hold up for ever. The caller is not held up with it.
+	select {
+	case <-d.done:
+		return d.err
+	default:
+		return fmt.Errorf("%w: %sit may turn out to be recorded: %w", ErrUnavailable, l.stalled(), ctx.Err())
+	}
+}
+
+// stalled tells, at the beginning of an error, of a commit that takes unusually long.
+func (l *Ledger) stalled() string {
+	if since := l.committing.Load(); since != nil {
+		if took := time.Since(*since); took > slowCommit {
+			return fmt.Sprintf("a commit to %s has been under way for %s: the disk is slow or hangs; ", l.path, took.Round(time.Second))
+		}
+	}
+	return ""
 }
 
 func (l *Ledger) enqueue(d *draft) error {
@@ -142,6 +160,8 @@ func (l *Ledger) collect(d *draft) (drafts []*draft, step *draft) {
 // commit makes one commit of the drafts and answers them. It returns false when the file failed: then the ledger is faulted.
 func (l *Ledger) commit(drafts []*draft) bool {
 	start := time.Now()
+	l.committing.Store(&start)
+	defer l.committing.Store(nil)
 	errs := make([]error, len(drafts))
 	var b *batch
 	err := contain(func() (err error) {
