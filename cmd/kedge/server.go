@@ -145,7 +145,10 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 		IssuingLifetime: c.IssuingCA.Lifetime.Std(), IssuingKey: ca.KeySpec(c.IssuingCA.KeyType), OtherIssuers: others,
 		Clock: clock, Guarded: guarded, Logger: s.log,
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	return root.Recorded()
 }
 
 // open starts every door.

@@ -27,10 +27,10 @@ import (
 	"kedge/ca/atomicfile"
 )
 
-// The files of a root, in its folder. The key carries its final name only once its certificate is on disk:
+// The files of a root, in its folder. The key carries its final name only once the ledger has the root, see Recorded:
 //
 //	new key, no certificate   a first start was cut short; nothing was ever signed with it: a new root is made
-//	new key and certificate   a first start was cut short one step before its end: it is finished
+//	new key and certificate   a root that was made here, and that no ledger has yet for certain
 //	key and certificate       the root
 //	only one of the two       something was lost: an error, and never a new root
 const (
@@ -66,6 +66,7 @@ type Root struct {
 	passphrase  passphrase
 	now         func() time.Time
 	cert        *x509.Certificate
+	keyName     string // the key's file, for as long as it is a new one
 	created     bool
 }
 
@@ -91,38 +92,42 @@ func OpenRoot(o RootOptions) (*Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case !state.certificate:
-		if err := r.create(o); err != nil {
-			return nil, fmt.Errorf("making a root in %s: %w", o.Dir, err)
-		}
-		state.newKey = true
-	case state.newKey:
-		err = r.load(newKeyFile)
-	default:
-		err = r.load(keyFile)
+	r.created = state.newKey || !state.certificate
+	r.keyName = keyFile
+	if r.created {
+		r.keyName = newKeyFile
+	}
+	if state.certificate {
+		err = r.load()
+	} else if err = r.create(o); err != nil {
+		err = fmt.Errorf("making a root in %s: %w", o.Dir, err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if state.newKey {
-		if err := os.Rename(r.path(newKeyFile), r.path(keyFile)); err != nil {
-			return nil, fmt.Errorf("making a root in %s: giving its key its name: %w", o.Dir, err)
-		}
-		if err := syncFolder(o.Dir); err != nil {
-			return nil, err
-		}
-		r.created = true
-	}
-	if r.created && o.Logger != nil {
+	if !state.certificate && o.Logger != nil {
 		o.Logger.Info("made a root certificate", "file", r.path(certificateFile), "subject", r.cert.Subject.String(),
 			"sha256", fmt.Sprintf("%x", sha256.Sum256(r.cert.Raw)), "not_after", r.cert.NotAfter, "key_encrypted", o.PassphraseFile != "")
 	}
 	return r, nil
 }
 
-// Created says whether OpenRoot made this root, or finished making it.
+// Created says whether this root was made here and no ledger had it yet for certain when it was opened: whoever records it now knows every
+// certificate that will ever be under it.
 func (r *Root) Created() bool { return r.created }
+
+// Recorded gives the key of a root that was made here its final name. It is called once the ledger has the root: a crash before that leaves a root
+// that still counts as made here. It is not for use at once with Certify.
+func (r *Root) Recorded() error {
+	if r.keyName == keyFile {
+		return nil
+	}
+	if err := os.Rename(r.path(newKeyFile), r.path(keyFile)); err != nil {
+		return fmt.Errorf("giving the key of the root in %s its name: %w", r.dir, err)
+	}
+	r.keyName = keyFile
+	return syncFolder(r.dir)
+}
 
 // CertificateFile is the path of the root certificate in PEM: what clients of a new CA are given to trust.
 func (r *Root) CertificateFile() string { return r.path(certificateFile) }
@@ -239,7 +244,7 @@ func rootName(td spiffeid.TrustDomain, keyID []byte) string {
 }
 
 // load reads the certificate, and the key only to see that it belongs to it.
-func (r *Root) load(keyName string) error {
+func (r *Root) load() error {
 	path := r.path(certificateFile)
 	cert, err := readCertificate(path)
 	if err != nil {
@@ -269,7 +274,7 @@ func (r *Root) load(keyName string) error {
 		return fmt.Errorf("the root certificate %s is not signed by itself: %w", path, err)
 	}
 	r.cert = cert
-	_, err = r.key(keyName)
+	_, err = r.key()
 	return err
 }
 
@@ -295,8 +300,8 @@ func readCertificate(path string) (*x509.Certificate, error) {
 }
 
 // key reads the root's key and makes sure that it is the one that was certified.
-func (r *Root) key(name string) (crypto.Signer, error) {
-	key, err := readKey(r.path(name), r.passphrase)
+func (r *Root) key() (crypto.Signer, error) {
+	key, err := readKey(r.path(r.keyName), r.passphrase)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("the root in %s has lost its key, restore it from a backup: %w", r.dir, err)
 	}
@@ -305,7 +310,7 @@ func (r *Root) key(name string) (crypto.Signer, error) {
 	}
 	if pub, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(r.cert.PublicKey) {
 		return nil, fmt.Errorf("the key %s does not belong to the certificate %s: restore the two that belong together from a backup",
-			r.path(name), r.path(certificateFile))
+			r.path(r.keyName), r.path(certificateFile))
 	}
 	return key, nil
 }
@@ -356,7 +361,7 @@ func (r *Root) certify(ctx context.Context, request ca.CertifyRequest) (*x509.Ce
 		return nil, fmt.Errorf("no time is left between %s and %s (the root is valid from %s to %s)", request.NotBefore.UTC().Format(time.RFC3339),
 			request.NotAfter.UTC().Format(time.RFC3339), r.cert.NotBefore.Format(time.RFC3339), r.cert.NotAfter.Format(time.RFC3339))
 	}
-	key, err := r.key(keyFile)
+	key, err := r.key()
 	if err != nil {
 		return nil, err
 	}

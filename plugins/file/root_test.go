@@ -40,7 +40,17 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// openRoot opens a root, and says that a ledger has it.
 func openRoot(t *testing.T, o RootOptions) *Root {
+	t.Helper()
+	root := openUnrecorded(t, o)
+	if err := root.Recorded(); err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+func openUnrecorded(t *testing.T, o RootOptions) *Root {
 	t.Helper()
 	if o.TrustDomain == "" {
 		o.TrustDomain = contracttest.TrustDomain
@@ -181,6 +191,37 @@ func TestAFirstStartThatWasCutShortIsFinished(t *testing.T) {
 				t.Error("the next start made another root")
 			}
 		})
+	}
+}
+
+// Until a ledger has it for certain, a root counts as made here, however often the program is killed in between: so the ledger that records it knows
+// every certificate that will ever be under it.
+func TestARootCountsAsMadeHereUntilItIsRecorded(t *testing.T) {
+	dir := t.TempDir()
+	first := openUnrecorded(t, RootOptions{Dir: dir})
+	key, err := generate(ca.P256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := ca.CertifyRequest{PublicKey: key.Public(), TrustDomain: contracttest.TrustDomain, CommonName: "issuing",
+		NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour)}
+	for range 2 {
+		again := openUnrecorded(t, RootOptions{Dir: dir})
+		if !again.Created() || !again.cert.Equal(first.cert) {
+			t.Fatal("after a crash the root counts as another's")
+		}
+		if _, err := again.Certify(t.Context(), request); err != nil {
+			t.Errorf("it does not certify: %v", err)
+		}
+	}
+	if err := first.Recorded(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.Certify(t.Context(), request); err != nil {
+		t.Errorf("it does not certify once it is recorded: %v", err)
+	}
+	if later := openUnrecorded(t, RootOptions{Dir: dir}); later.Created() || !later.cert.Equal(first.cert) {
+		t.Error("it still counts as new")
 	}
 }
 
