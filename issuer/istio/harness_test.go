@@ -47,12 +47,27 @@ const tokenIssuer = "https://issuer.example"
 type lines struct {
 	mu   sync.Mutex
 	text bytes.Buffer
+	more chan struct{} // closed by the next line; nil: nobody waits
 }
 
 func (l *lines) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.more != nil {
+		close(l.more)
+		l.more = nil
+	}
 	return l.text.Write(p)
+}
+
+// next is closed once there is more than there is now.
+func (l *lines) next() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.more == nil {
+		l.more = make(chan struct{})
+	}
+	return l.more
 }
 
 func (l *lines) String() string {

@@ -43,8 +43,10 @@ type Connections struct {
 // NewGRPCServer makes the gRPC server of the CSR API's port, with health and, if asked for, reflection.
 // The health service's status is the caller's to set.
 func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, *health.Server) {
+	refused := &early{log: s.Log, metrics: s.Metrics}
 	options := []grpc.ServerOption{
-		grpc.Creds(credentials.NewTLS(config)),
+		grpc.Creds(handshakes{credentials.NewTLS(config), refused}),
+		grpc.StatsHandler(refused),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),

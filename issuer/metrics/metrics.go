@@ -18,6 +18,8 @@ type Metrics struct {
 	issued   *prometheus.CounterVec // kedge_certificates_issued_total
 	clamped  prometheus.Counter     // kedge_ttl_clamped_total
 
+	handshakes prometheus.Counter // kedge_handshake_failures_total
+
 	commitSeconds prometheus.Histogram // kedge_ledger_commit_duration_seconds
 	commitEvents  prometheus.Histogram // kedge_ledger_commit_events
 	commitFailed  prometheus.Counter   // kedge_ledger_commit_failures_total
@@ -49,6 +51,7 @@ func New(registry prometheus.Registerer) *Metrics {
 		duration:      histogram("kedge_csr_duration_seconds", "Time from the call to the answer of the CSR API.", seconds),
 		issued:        vector("kedge_certificates_issued_total", "SVIDs handed out, by profile and by how the caller proved itself.", "profile", "method"),
 		clamped:       counter("kedge_ttl_clamped_total", "SVIDs that were given the profile's maximum TTL because more was asked for."),
+		handshakes:    counter("kedge_handshake_failures_total", "TLS handshakes on the CSR API's port that failed."),
 		commitSeconds: histogram("kedge_ledger_commit_duration_seconds", "Time of one ledger commit, until it is durable.", seconds),
 		commitEvents:  histogram("kedge_ledger_commit_events", "Events in one ledger commit.", prometheus.ExponentialBuckets(1, 2, 10)),
 		commitFailed:  counter("kedge_ledger_commit_failures_total", "Ledger commits that failed: the callers in them were refused."),
@@ -69,6 +72,7 @@ const (
 	ResultDenied          = "denied"
 	ResultUnavailable     = "unavailable"
 	ResultCanceled        = "canceled"
+	ResultUnread          = "unread" // refused by gRPC itself, as when the message was too large
 	ResultInternal        = "internal"
 )
 
@@ -84,10 +88,13 @@ func (m *Metrics) Call(result string, d time.Duration) {
 		m.csrParsing.Inc()
 	case ResultUnauthenticated, ResultDenied:
 		m.authFailures.Inc()
-	case ResultInvalid, ResultUnavailable, ResultInternal:
+	case ResultInvalid, ResultUnread, ResultUnavailable, ResultInternal:
 		m.csrSign.WithLabelValues(result).Inc()
 	}
 }
+
+// Handshake counts a TLS handshake that failed.
+func (m *Metrics) Handshake() { m.handshakes.Inc() }
 
 // Issued counts an SVID.
 func (m *Metrics) Issued(profile, method string, clamped bool) {
