@@ -225,7 +225,7 @@ func (c *CA) reload(ctx context.Context) error {
 			next.active.key = nil
 		}
 	}
-	c.clients.setAuthorities(next.issuing, c.otherIssuers)
+	c.clients.setAuthorities(next.issuing, c.otherIssuers, taintedKeys(records))
 	c.trust.Store(next)
 	if before != nil {
 		close(before.changed)

@@ -25,16 +25,23 @@ type ClientCertificates struct {
 	td      spiffeid.TrustDomain
 	ledger  *ledger.Ledger
 	now     func() time.Time
-	issuers atomic.Pointer[[]clientIssuer]
+	issuers atomic.Pointer[clientIssuers]
+}
+
+// clientIssuers are the CA certificates whose leaves may be callers, and the keys whose signatures prove nothing.
+type clientIssuers struct {
+	all     []clientIssuer
+	tainted map[ledger.Hash]ledger.Hash // by key: the authority whose taint it is
 }
 
 // clientIssuer is a CA certificate whose leaves may be callers.
 type clientIssuer struct {
-	id      ledger.Hash
-	cert    *x509.Certificate
-	anchor  *x509.CertPool // of cert alone
-	own     bool
-	tainted bool
+	id       ledger.Hash
+	key      ledger.Hash
+	cert     *x509.Certificate
+	anchor   *x509.CertPool // of cert alone
+	own      bool
+	coverage ledger.Coverage // what the ledger knows of its leaves; of an own one
 }
 
 // ClientCertificate is what a good certificate proves.
@@ -58,28 +65,44 @@ const (
 // NewClientCertificates makes a verifier that knows no issuing CA yet.
 func NewClientCertificates(td spiffeid.TrustDomain, book *ledger.Ledger, now func() time.Time) *ClientCertificates {
 	c := &ClientCertificates{td: td, ledger: book, now: now}
-	c.issuers.Store(&[]clientIssuer{})
+	c.issuers.Store(&clientIssuers{})
 	return c
 }
 
-// setAuthorities replaces the issuing CAs that count: own ones that are not removed, and others'. One that is both is our own.
-func (c *ClientCertificates) setAuthorities(own []*authority, others []*x509.Certificate) {
-	var all []clientIssuer
+// setAuthorities replaces the issuing CAs that count: own ones that are not removed, and others'. One that is both is our own. tainted are
+// the keys that count for nothing, see taintedKeys.
+func (c *ClientCertificates) setAuthorities(own []*authority, others []*x509.Certificate, tainted map[ledger.Hash]ledger.Hash) {
+	next := &clientIssuers{tainted: tainted}
 	add := func(issuer clientIssuer) {
-		if slices.ContainsFunc(all, func(there clientIssuer) bool { return there.id == issuer.id }) {
+		if slices.ContainsFunc(next.all, func(there clientIssuer) bool { return there.id == issuer.id }) {
 			return
 		}
-		issuer.anchor = x509.NewCertPool()
+		issuer.key, issuer.anchor = keyID(issuer.cert), x509.NewCertPool()
 		issuer.anchor.AddCert(issuer.cert)
-		all = append(all, issuer)
+		next.all = append(next.all, issuer)
 	}
 	for _, a := range own {
-		add(clientIssuer{id: a.record.ID, cert: a.cert, own: true, tainted: a.record.Tainted})
+		add(clientIssuer{id: a.record.ID, cert: a.cert, own: true, coverage: a.record.Coverage})
 	}
 	for _, cert := range others {
 		add(clientIssuer{id: AuthorityID(cert), cert: cert})
 	}
-	c.issuers.Store(&all)
+	c.issuers.Store(next)
+}
+
+// taintedKeys finds the keys of tainted authorities, removed ones too, and of all authorities under a tainted root, each with the authority whose
+// taint it is. The records are in order of entry: a root comes before what is under it.
+func taintedKeys(records []ledger.AuthorityRecord) map[ledger.Hash]ledger.Hash {
+	keys, tainted := map[ledger.Hash]ledger.Hash{}, map[ledger.Hash]bool{}
+	for _, record := range records {
+		switch {
+		case record.Tainted:
+			keys[record.Key], tainted[record.ID] = record.ID, true
+		case tainted[record.Root]:
+			keys[record.Key] = record.Root
+		}
+	}
+	return keys
 }
 
 // Verify judges the certificate at this moment; errors are ErrUnauthenticated, or ErrUnavailable when the ledger cannot be read. Only the leaf
@@ -96,8 +119,8 @@ func (c *ClientCertificates) Verify(ctx context.Context, chain []*x509.Certifica
 	if err != nil {
 		return refuse(" with serial %.130x: %w", leaf.SerialNumber, err)
 	}
-	serial, now := ledger.Serial(leaf.SerialNumber.Bytes()), c.now()
-	issuer, err := c.findIssuer(leaf, now)
+	serial, now, issuers := ledger.Serial(leaf.SerialNumber.Bytes()), c.now(), c.issuers.Load()
+	issuer, err := issuers.find(leaf, now)
 	if err != nil {
 		return refuse(" %s of %s: %w", serial, id, err)
 	}
@@ -116,18 +139,24 @@ func (c *ClientCertificates) Verify(ctx context.Context, chain []*x509.Certifica
 	if !issuer.own {
 		return proven, nil
 	}
-	return c.lineage(ctx, leaf, proven)
+	return c.lineage(ctx, leaf, proven, issuers.know(issuer.key, ledger.At(leaf.NotBefore)))
 }
 
 // issuedBackdate is about how far before its signing a certificate's notBefore lies: a hint for the search in the ledger.
 const issuedBackdate = time.Minute
 
-// lineage adds what the ledger knows of a certificate that one of our issuing CAs signed.
-func (c *ClientCertificates) lineage(ctx context.Context, leaf *x509.Certificate, proven ClientCertificate) (ClientCertificate, error) {
+// lineage adds what the ledger knows of a certificate that one of our issuing CAs signed. must says that it knows of every one: what it does not know
+// of then was not issued here. An unexpired certificate is never pruned.
+func (c *ClientCertificates) lineage(ctx context.Context, leaf *x509.Certificate, proven ClientCertificate, must bool) (ClientCertificate, error) {
 	backdate := min(issuedBackdate, leaf.NotAfter.Sub(leaf.NotBefore)/11) // it is a tenth of what comes after it at most, see Profile.Backdate
 	event, err := c.ledger.FindIssue(ctx, proven.Serial, leaf.NotBefore.Add(backdate))
+	if errors.Is(err, ledger.ErrNotFound) && must {
+		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %s of %s is not in the ledger, which has every certificate of the issuing CA %s: "+
+			"somebody else signs with its key, or the data folder was put back to an earlier state. Find out which; a stolen key is for 'kedge authority taint'",
+			proven.Serial, proven.ID, proven.Proof.Issuer))
+	}
 	if errors.Is(err, ledger.ErrNotFound) {
-		return proven, nil // pruned, or of a log that this one replaced
+		return proven, nil // of a time, or of somebody, that the ledger knows nothing of
 	}
 	if err != nil {
 		return ClientCertificate{}, Unavailable(fmt.Errorf("looking client certificate %s up in the ledger: %w", proven.Serial, err))
@@ -177,13 +206,11 @@ func (c *ClientCertificates) checkForm(leaf *x509.Certificate) (id spiffeid.ID, 
 	return id, nil
 }
 
-// findIssuer finds the issuing CA that signed the leaf itself. When its key is also a tainted authority's the leaf is refused: nobody can tell
-// who made it.
-func (c *ClientCertificates) findIssuer(leaf *x509.Certificate, now time.Time) (*clientIssuer, error) {
-	issuers := *c.issuers.Load()
+// find finds the issuing CA that signed the leaf itself. When its key is tainted the leaf is refused: nobody can tell who made it.
+func (issuers *clientIssuers) find(leaf *x509.Certificate, now time.Time) (*clientIssuer, error) {
 	why := fmt.Errorf("its issuer %.200q is none of the issuing CAs that count", leaf.Issuer.String())
-	for i := range issuers {
-		issuer := &issuers[i]
+	for i := range issuers.all {
+		issuer := &issuers.all[i]
 		if !bytes.Equal(issuer.cert.RawSubject, leaf.RawIssuer) {
 			continue
 		}
@@ -193,12 +220,20 @@ func (c *ClientCertificates) findIssuer(leaf *x509.Certificate, now time.Time) (
 			why = fmt.Errorf("it does not verify under the issuing CA %s: %w", issuer.id, err)
 			continue
 		}
-		for _, other := range issuers {
-			if other.tainted && bytes.Equal(other.cert.RawSubjectPublicKeyInfo, issuer.cert.RawSubjectPublicKeyInfo) {
-				return nil, fmt.Errorf("the key that signed it is that of the issuing CA %s, which is tainted", other.id)
-			}
+		if by, tainted := issuers.tainted[issuer.key]; tainted {
+			return nil, fmt.Errorf("the key that signed it is that of the issuing CA %s, and the authority %s is tainted", issuer.id, by)
 		}
 		return issuer, nil // our own come first
 	}
 	return nil, why
+}
+
+// know says whether the ledger knows every certificate that was signed with a key at that time: under each of our issuing CAs that have it.
+func (issuers *clientIssuers) know(key ledger.Hash, signed ledger.Time) bool {
+	for _, issuer := range issuers.all {
+		if issuer.key == key && issuer.own && !issuer.coverage.Knows(signed) {
+			return false
+		}
+	}
+	return true
 }

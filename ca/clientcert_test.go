@@ -64,8 +64,17 @@ func newCallers(t *testing.T) *callers {
 		KeyRef: "k", Coverage: ledger.Coverage{Kind: "complete"}}})
 	c.append(t, &ledger.Authority{ID: AuthorityID(c.own.cert), TrustDomain: callersTD.Name(), From: ledger.StatePrepared, To: ledger.StateActive})
 	c.append(t, &ledger.Bundle{TrustDomain: callersTD.Name(), Sequence: 1, Floor: 1, SHA256: sha256.Sum256([]byte("b")), Roots: [][]byte{c.root.cert.Raw}})
-	c.verifier.setAuthorities([]*authority{c.authority(c.own, false)}, []*x509.Certificate{c.foreign.cert})
+	c.count([]*authority{c.authority(c.own, false)}, c.foreign.cert)
 	return c
+}
+
+// count makes these the authorities whose leaves may be callers, as a CA does with what its ledger says.
+func (c *callers) count(own []*authority, others ...*x509.Certificate) {
+	var records []ledger.AuthorityRecord
+	for _, a := range own {
+		records = append(records, a.record)
+	}
+	c.verifier.setAuthorities(own, others, taintedKeys(records))
 }
 
 func (c *callers) append(t *testing.T, event ledger.Body) uint64 {
@@ -77,8 +86,11 @@ func (c *callers) append(t *testing.T, event ledger.Body) uint64 {
 	return number
 }
 
+// authority is one of which the ledger knows nothing but what it is told: its coverage is foreign.
 func (c *callers) authority(of signingCA, tainted bool) *authority {
-	return &authority{cert: of.cert, record: ledger.AuthorityRecord{ID: AuthorityID(of.cert), Tainted: tainted}}
+	record := ledger.AuthorityRecord{ID: AuthorityID(of.cert), Tainted: tainted}
+	record.Key, record.Coverage = keyID(of.cert), ledger.Coverage{Kind: "foreign"}
+	return &authority{cert: of.cert, record: record}
 }
 
 func (c *callers) newCA(t *testing.T, name string, parent signingCA, key crypto.Signer) signingCA {
@@ -238,6 +250,42 @@ func TestACertificateThatTheLedgerDoesNotKnowHasNoKnownBeginning(t *testing.T) {
 	}
 }
 
+// Under an issuing CA of which the ledger knows every certificate, one that it does not know was made by a thief, or the ledger was put back.
+func TestAnUnrecordedCertificateIsRefusedWhereTheLedgerKnowsEveryOne(t *testing.T) {
+	c := newCallers(t)
+	leaf := c.leaf(t, c.own, nil)
+	with := func(coverage ledger.Coverage) *authority {
+		a := c.authority(c.own, false)
+		a.record.Coverage = coverage
+		return a
+	}
+	renewed := c.authority(c.newCA(t, "own", c.root, c.own.key), false) // the same key, and unknown leaves
+	for name, test := range map[string]struct {
+		own    []*authority
+		counts bool
+	}{
+		"all":                              {[]*authority{with(ledger.Coverage{Kind: "complete"})}, false},
+		"since before it was issued":       {[]*authority{with(ledger.Coverage{Kind: "since", Since: ledger.At(leaf.NotBefore)})}, false},
+		"since after it was issued":        {[]*authority{with(ledger.Coverage{Kind: "since", Since: ledger.At(leaf.NotBefore) + 1})}, true},
+		"none":                             {[]*authority{with(ledger.Coverage{Kind: "foreign"})}, true},
+		"all, but not of one with its key": {[]*authority{with(ledger.Coverage{Kind: "complete"}), renewed}, true},
+	} {
+		c.count(test.own)
+		_, err := c.verify(leaf)
+		if test.counts && err != nil {
+			t.Errorf("it knows %s: %v", name, err)
+		}
+		if !test.counts && (!errors.Is(err, ErrUnauthenticated) || !strings.Contains(err.Error(), "is not in the ledger, which has every certificate of the issuing CA")) {
+			t.Errorf("it knows %s: %v", name, err)
+		}
+	}
+	c.count([]*authority{with(ledger.Coverage{Kind: "complete"})})
+	c.record(t, leaf, nil)
+	if _, err := c.verify(leaf); err != nil {
+		t.Errorf("once it is recorded: %v", err)
+	}
+}
+
 func TestCertificatesThatAreNoCallersLeafAreRefused(t *testing.T) {
 	c := newCallers(t)
 	for reason, change := range map[string]func(*x509.Certificate){
@@ -279,9 +327,9 @@ func TestOnlyDirectLeavesOfListedIssuingCAsCount(t *testing.T) {
 	impostor := c.newCA(t, "own", signingCA{}, nil) // has the name, and not the key
 	c.refused(t, "does not verify under the issuing CA", c.leaf(t, impostor, nil), impostor.cert)
 
-	c.verifier.setAuthorities([]*authority{c.authority(c.own, false)}, nil)
+	c.count([]*authority{c.authority(c.own, false)})
 	c.refused(t, "none of the issuing CAs that count", c.leaf(t, c.foreign, nil))
-	c.refused(t, "none of the issuing CAs that count", func() *x509.Certificate { c.verifier.setAuthorities(nil, nil); return c.leaf(t, c.own, nil) }())
+	c.refused(t, "none of the issuing CAs that count", func() *x509.Certificate { c.count(nil); return c.leaf(t, c.own, nil) }())
 }
 
 func TestNothingCountsUnderAnIssuingCAThatHasExpired(t *testing.T) {
@@ -300,13 +348,29 @@ func TestTaintedAuthoritiesAuthenticateNobody(t *testing.T) {
 		"one that shares its key and name": {c.authority(renewed, true), c.authority(c.own, false)},
 		"one that shares its key":          {c.authority(c.own, false), c.authority(renamed, true)},
 	} {
-		c.verifier.setAuthorities(own, []*x509.Certificate{c.own.cert}) // a list does not help it
+		c.count(own, c.own.cert) // a list does not help it
 		leaf := c.leaf(t, c.own, nil)
 		if _, err := c.verify(leaf); err == nil || !errors.Is(err, ErrUnauthenticated) || !strings.Contains(err.Error(), "tainted") {
 			t.Errorf("%s is tainted: %v", name, err)
 		}
 	}
-	c.verifier.setAuthorities([]*authority{c.authority(c.own, false), c.authority(c.stranger, true)}, nil)
+	// What is removed, and what a root's taint reaches, is in the ledger alone.
+	root, leaf := ledger.Hash{1}, c.leaf(t, c.own, nil)
+	record := func(change func(*ledger.AuthorityRecord)) ledger.AuthorityRecord {
+		r := c.authority(c.own, false).record
+		change(&r)
+		return r
+	}
+	for name, records := range map[string][]ledger.AuthorityRecord{
+		"a removed one that shares its key": {record(func(r *ledger.AuthorityRecord) { r.ID, r.State, r.Tainted = ledger.Hash{2}, ledger.StateRemoved, true })},
+		"its root":                          {{ID: root, Tainted: true}, record(func(r *ledger.AuthorityRecord) { r.Root = root })},
+	} {
+		c.verifier.setAuthorities([]*authority{c.authority(c.own, false)}, nil, taintedKeys(records))
+		if _, err := c.verify(leaf); err == nil || !errors.Is(err, ErrUnauthenticated) || !strings.Contains(err.Error(), "tainted") {
+			t.Errorf("%s is tainted: %v", name, err)
+		}
+	}
+	c.count([]*authority{c.authority(c.own, false), c.authority(c.stranger, true)})
 	if _, err := c.verify(c.leaf(t, c.own, nil)); err != nil {
 		t.Errorf("another authority's taint counts against it: %v", err)
 	}
@@ -315,7 +379,7 @@ func TestTaintedAuthoritiesAuthenticateNobody(t *testing.T) {
 func TestAuthoritiesThatShareAKeyAreToldApartByTheLedger(t *testing.T) {
 	c := newCallers(t)
 	renewed := c.newCA(t, "own", c.root, c.own.key)
-	c.verifier.setAuthorities([]*authority{c.authority(renewed, false), c.authority(c.own, false)}, []*x509.Certificate{c.own.cert})
+	c.count([]*authority{c.authority(renewed, false), c.authority(c.own, false)}, c.own.cert)
 	leaf := c.leaf(t, c.own, nil)
 	number := c.record(t, leaf, nil)
 	got, err := c.verify(leaf)

@@ -113,9 +113,6 @@ func (g *GuardedClock) Corroborate(t time.Time) {
 	}
 }
 
-// Confirm takes an admin's word that the wall clock is right.
-func (g *GuardedClock) Confirm() { g.Corroborate(g.clock.Wall()) }
-
 // Behind says how far the wall clock has run ahead of what is known; nil when that is within reason.
 func (g *GuardedClock) Behind() error {
 	g.mu.Lock()

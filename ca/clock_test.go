@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"kedge/ca"
+	"kedge/ca/ledger"
 )
 
 func openGuarded(t *testing.T, path string, clock ca.Clock) *ca.GuardedClock {
@@ -64,8 +65,30 @@ func TestTheGuardedClockGoesOnAfterARestartButNotAfterAReboot(t *testing.T) {
 	if got := g.Now().Sub(began).Round(time.Second); got != 0 {
 		t.Errorf("after a reboot it claims to know of %s", got)
 	}
-	g.Confirm()
-	if err := g.Behind(); err != nil {
+}
+
+// TestAnAdminsWordForTheClockIsRecorded, with what was known before it.
+func TestAnAdminsWordForTheClockIsRecorded(t *testing.T) {
+	f := newFixture(t)
+	f.mustOpen(t)
+	before := f.clock.wall
+	f.clock.jump(time.Hour)
+	if f.ca.Guarded().Behind() == nil {
+		t.Fatal("the jump is not noticed")
+	}
+	number, _, err := f.ca.ConfirmClock(t.Context(), "uid 0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.ca.Guarded().Behind(); err != nil {
 		t.Errorf("after an admin's word: %v", err)
+	}
+	event, err := f.ledger.Event(t.Context(), number)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &ledger.Waiver{Gate: "clock", From: ledger.At(before), To: ledger.At(before.Add(time.Hour)), By: "uid 0"}
+	if got, ok := event.Body.(*ledger.Waiver); !ok || *got != *want {
+		t.Errorf("recorded: %+v, want %+v", event.Body, want)
 	}
 }

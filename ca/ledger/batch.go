@@ -80,6 +80,8 @@ func (b *batch) append(d *draft) (first uint64, err error) {
 			err = b.token(event, d.encoded[i])
 		case *Revoke:
 			err = b.revoke(event, d.encoded[i])
+		case *Waiver:
+			_, err = b.store(TypeWaiver, d.encoded[i])
 		}
 		if err != nil {
 			return 0, err

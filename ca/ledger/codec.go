@@ -228,6 +228,8 @@ func decodeBody(typ Type, encoded []byte) (Body, error) {
 		body = new(Token)
 	case TypeRevoke:
 		body = new(Revoke)
+	case TypeWaiver:
+		body = new(Waiver)
 	default:
 		if err := decoding.Wellformed(encoded); err != nil {
 			return nil, err
@@ -275,6 +277,11 @@ func checkBody(body Body) error {
 		}
 	case *Revoke:
 		err = errors.Join(b.Serial.check(), checkText(b.Reason, b.By))
+	case *Waiver:
+		err = checkText(b.Gate, b.Reason, b.By)
+		if b.Gate == "" {
+			err = errors.New("it names no gate")
+		}
 	case nil:
 		return errors.New("there is no event to append")
 	default:

@@ -40,8 +40,7 @@ func (s *Serial) UnmarshalText(text []byte) error {
 // Type says what an event is about. It is part of the stored format: values are never renumbered.
 type Type uint8
 
-// The types of this version. confirm, consumer, waiver, force and restore belong to the same log; those that are not
-// written yet have their number reserved here.
+// The types of this version, and those that are not written yet, whose numbers are reserved here.
 const (
 	TypeIssue     Type = 1 // a certificate was handed out
 	TypeConfirm   Type = 2 // its holder was seen to have it
@@ -49,7 +48,7 @@ const (
 	TypeBundle    Type = 4 // a new trust bundle, and with it perhaps a new floor
 	TypeToken     Type = 5 // a join token was made
 	TypeRevoke    Type = 6 // a certificate was revoked
-	TypeWaiver    Type = 7
+	TypeWaiver    Type = 7 // an admin vouched for what a gate could not know
 	TypeForce     Type = 8
 	TypeRestore   Type = 9
 	TypeConsumer  Type = 10
@@ -269,6 +268,11 @@ type Coverage struct {
 	Since Time   `cbor:"2,keyasint,omitempty" json:"since,omitempty"` //
 }
 
+// Knows says whether the log has every certificate under the authority that was signed at that time.
+func (c Coverage) Knows(signed Time) bool {
+	return c.Kind == "complete" || c.Kind == "since" && signed >= c.Since
+}
+
 // Authority records a transition of an authority, and carries the whole authority when it enters the log (From = 0).
 // The transition is refused unless the authority is in state From in the same commit.
 type Authority struct {
@@ -324,6 +328,15 @@ type Revoke struct {
 	By       string `cbor:"5,keyasint" json:"by"`
 }
 
+// Waiver records that an admin vouched for what a gate could not know by itself.
+type Waiver struct {
+	Gate   string `cbor:"1,keyasint" json:"gate"`                     // clock: that the wall clock is right
+	From   Time   `cbor:"2,keyasint,omitempty" json:"from,omitempty"` // of the clock: what was borne out before …
+	To     Time   `cbor:"3,keyasint,omitempty" json:"to,omitempty"`   // … and what the admin bore out
+	Reason string `cbor:"4,keyasint,omitempty" json:"reason,omitempty"`
+	By     string `cbor:"5,keyasint" json:"by"` // peer credentials of the admin
+}
+
 // Unknown is the body of an event whose type a later version wrote: kept, hashed and exported, never interpreted.
 type Unknown struct {
 	Of  Type   `json:"-"`
@@ -336,4 +349,5 @@ func (*Authority) Type() Type { return TypeAuthority }
 func (*Bundle) Type() Type    { return TypeBundle }
 func (*Token) Type() Type     { return TypeToken }
 func (*Revoke) Type() Type    { return TypeRevoke }
+func (*Waiver) Type() Type    { return TypeWaiver }
 func (u *Unknown) Type() Type { return u.Of }

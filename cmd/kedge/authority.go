@@ -1,16 +1,73 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"kedge/ca"
+	"kedge/ca/ledger"
+	"kedge/issuer/admin"
 )
 
 func newAuthorityCommand(t *target) *cobra.Command {
 	c := &cobra.Command{Use: "authority", Short: "The CA's roots and issuing CAs"}
-	c.AddCommand(newAuthorityListCommand(t))
+	c.AddCommand(newAuthorityListCommand(t), newAuthorityTaintCommand(t))
+	return c
+}
+
+// findAuthority completes the beginning of an authority's id; what is how the command line calls it.
+func findAuthority(c *cobra.Command, client *admin.Client, what, prefix string) (ledger.Hash, error) {
+	var all []ca.AuthorityStatus
+	if err := client.Get(c.Context(), "/v1/authorities", &all); err != nil {
+		return ledger.Hash{}, err
+	}
+	var found []ledger.Hash
+	for _, a := range all {
+		if strings.HasPrefix(a.ID.String(), strings.ToLower(prefix)) {
+			found = append(found, a.ID)
+		}
+	}
+	if len(found) != 1 {
+		return ledger.Hash{}, usageError{fmt.Errorf("%s %q is the beginning of %d authorities' ids: see 'kedge authority list'", what, prefix, len(found))}
+	}
+	return found[0], nil
+}
+
+func newAuthorityTaintCommand(t *target) *cobra.Command {
+	var asJSON bool
+	var reason string
+	c := &cobra.Command{
+		Use: "taint ID --reason TEXT", Short: "Say that an issuing CA's key is compromised, for good", Args: cobra.ExactArgs(1),
+		Long: `Mark an issuing CA as compromised. From then on nothing is issued under it, and client certificates under it authenticate nobody to this CA:
+their holders need a token. If it is the one that signs, a new one takes over at once. What it issued still verifies among workloads
+until it expires. ID is the authority's id, or the beginning of it. There is no way back.`,
+		RunE: func(c *cobra.Command, args []string) error {
+			if reason == "" {
+				return usageError{errors.New("--reason is missing: why, for the ledger")}
+			}
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			id, err := findAuthority(c, client, "ID", args[0])
+			if err != nil {
+				return err
+			}
+			if err := client.Taint(c.Context(), admin.TaintRequest{ID: id, Reason: reason}); err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(c.OutOrStdout(), map[string]any{"id": id, "tainted": true})
+			}
+			_, err = fmt.Fprintf(c.OutOrStdout(), "tainted %s\n", id)
+			return err
+		},
+	}
+	c.Flags().StringVar(&reason, "reason", "", "why, for the ledger")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }
 

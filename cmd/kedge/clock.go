@@ -18,13 +18,14 @@ cannot know how much time has really passed. 'kedge doctor' says so. Look at the
 			if err != nil {
 				return err
 			}
-			if err := client.ConfirmClock(c.Context()); err != nil {
+			recorded, err := client.ConfirmClock(c.Context())
+			if err != nil {
 				return err
 			}
 			if asJSON {
-				return printJSON(c.OutOrStdout(), map[string]bool{"confirmed": true})
+				return printJSON(c.OutOrStdout(), recorded)
 			}
-			_, err = fmt.Fprintln(c.OutOrStdout(), "confirmed")
+			_, err = fmt.Fprintf(c.OutOrStdout(), "confirmed, and recorded as number %d\n", recorded.Number)
 			return err
 		},
 	}

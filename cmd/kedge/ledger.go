@@ -28,7 +28,7 @@ type filterFlags struct {
 }
 
 func (f *filterFlags) add(c *cobra.Command) {
-	c.Flags().StringSliceVar(&f.types, "type", nil, "only these types: issue, confirm, authority, bundle, token, revoke")
+	c.Flags().StringSliceVar(&f.types, "type", nil, "only these types: issue, confirm, authority, bundle, token, revoke, waiver")
 	c.Flags().StringVar(&f.id, "spiffe-id", "", "only this SPIFFE ID; a path such as ns/default/sa/web will do")
 	c.Flags().StringVar(&f.serial, "serial", "", "only the certificate with this serial number, in hex")
 	c.Flags().StringVar(&f.issuer, "issuer", "", "only what this authority signed: its id, or the beginning of it")
@@ -73,7 +73,7 @@ func (f *filterFlags) filter(c *cobra.Command, client *admin.Client) (out ledger
 		out.SPIFFEID = "spiffe://" + status.TrustDomain + "/" + strings.TrimPrefix(f.id, "/")
 	}
 	if f.issuer != "" {
-		out.Authority, err = findAuthority(c, client, f.issuer)
+		out.Authority, err = findAuthority(c, client, "--issuer", f.issuer)
 	}
 	return out, err
 }
@@ -91,26 +91,6 @@ func instant(flag, text string) (ledger.Time, error) {
 		return 0, usageError{fmt.Errorf("%s %q is neither a time such as 2026-05-01T12:00:00Z nor a duration such as 2h", flag, text)}
 	}
 	return ledger.At(t), nil
-}
-
-// findAuthority completes the beginning of an authority's id.
-func findAuthority(c *cobra.Command, client *admin.Client, prefix string) (ledger.Hash, error) {
-	var all []struct {
-		ID ledger.Hash `json:"id"`
-	}
-	if err := client.Get(c.Context(), "/v1/authorities", &all); err != nil {
-		return ledger.Hash{}, err
-	}
-	var found []ledger.Hash
-	for _, a := range all {
-		if strings.HasPrefix(a.ID.String(), strings.ToLower(prefix)) {
-			found = append(found, a.ID)
-		}
-	}
-	if len(found) != 1 {
-		return ledger.Hash{}, usageError{fmt.Errorf("--issuer %q is the beginning of %d authorities' ids: see 'kedge authority list'", prefix, len(found))}
-	}
-	return found[0], nil
 }
 
 func newLedgerListCommand(t *target) *cobra.Command {
@@ -191,6 +171,8 @@ func describe(e admin.Event) string {
 		return fmt.Sprintf("join token %s for %s  until %s  by %s", e.Token.ID, e.Token.SPIFFEID, e.Token.Expires, e.Token.By)
 	case e.Revoke != nil:
 		return fmt.Sprintf("serial %s  by %s  (%s)", e.Revoke.Serial, e.Revoke.By, e.Revoke.Reason)
+	case e.Waiver != nil:
+		return fmt.Sprintf("%s: %s → %s  by %s", e.Waiver.Gate, e.Waiver.From, e.Waiver.To, e.Waiver.By)
 	}
 	return "(of a later version: see --json)"
 }

@@ -55,6 +55,7 @@ type Event struct {
 	Bundle    *ledger.Bundle    `json:"bundle,omitempty"`
 	Token     *ledger.Token     `json:"token,omitempty"`
 	Revoke    *ledger.Revoke    `json:"revoke,omitempty"`
+	Waiver    *ledger.Waiver    `json:"waiver,omitempty"`
 }
 
 // TokenRequest asks for a join token.
@@ -78,6 +79,17 @@ type TokenResponse struct {
 type RevokeRequest struct {
 	Serial string `json:"serial"`
 	Reason string `json:"reason"`
+}
+
+// TaintRequest says that an issuing CA is compromised.
+type TaintRequest struct {
+	ID     ledger.Hash `json:"id"`
+	Reason string      `json:"reason"`
+}
+
+// Recorded says which event has what was done.
+type Recorded struct {
+	Number uint64 `json:"number"`
 }
 
 // Failure is the body of every answer that is not a success.

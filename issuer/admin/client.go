@@ -132,8 +132,13 @@ func (c *Client) Revoke(ctx context.Context, r RevokeRequest) (e ledger.Revoke, 
 }
 
 // ConfirmClock tells the CA that its machine's clock is right.
-func (c *Client) ConfirmClock(ctx context.Context) error {
-	return c.call(ctx, http.MethodPost, "/v1/clock/confirm", nil, &struct{}{})
+func (c *Client) ConfirmClock(ctx context.Context) (r Recorded, err error) {
+	return r, c.call(ctx, http.MethodPost, "/v1/clock/confirm", nil, &r)
+}
+
+// Taint says that an issuing CA is compromised.
+func (c *Client) Taint(ctx context.Context, r TaintRequest) error {
+	return c.call(ctx, http.MethodPost, "/v1/authorities/taint", r, &struct{}{})
 }
 
 // SetLogLevel changes what the CA logs: debug, info, warn or error.

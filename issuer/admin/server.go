@@ -79,6 +79,7 @@ func (s *Server) HTTP() *http.Server {
 	handle("POST /v1/tokens", s.createToken)
 	handle("POST /v1/revocations", s.revoke)
 	handle("POST /v1/clock/confirm", s.confirmClock)
+	handle("POST /v1/authorities/taint", s.taint)
 	handle("PUT /v1/log-level", s.setLevel)
 	return &http.Server{
 		Handler: s.onlyOwner(mux), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
@@ -304,9 +305,26 @@ func (s *Server) revoke(r *http.Request) (any, error) {
 }
 
 func (s *Server) confirmClock(r *http.Request) (any, error) {
-	s.CA.Guarded().Confirm()
-	s.Log.Warn("an admin confirmed this machine's clock", "by", peerName(r), "now", s.CA.Guarded().Now())
-	return map[string]time.Time{"guarded": s.CA.Guarded().Now()}, nil
+	number, waiver, err := s.CA.ConfirmClock(r.Context(), peerName(r))
+	if err != nil {
+		return nil, err
+	}
+	s.Log.Warn("an admin confirmed this machine's clock", "by", waiver.By, "borne_out_before", waiver.From, "now", waiver.To, "number", number)
+	return Recorded{Number: number}, nil
+}
+
+func (s *Server) taint(r *http.Request) (any, error) {
+	var request TaintRequest
+	if err := read(r, &request); err != nil {
+		return nil, err
+	}
+	if request.Reason == "" {
+		return nil, ca.Invalid(errors.New("a taint needs a reason, for the ledger"))
+	}
+	if err := s.CA.Taint(r.Context(), request.ID, request.Reason, peerName(r)); err != nil {
+		return nil, err
+	}
+	return struct{}{}, nil
 }
 
 func (s *Server) setLevel(r *http.Request) (any, error) {
