@@ -218,6 +218,9 @@ func walkFile(path string) error {
 
 // walk visits every key, and so every page but the tails of long values.
 func walk(tx *bolt.Tx) error {
+	if err := checkPages(tx, math.MaxInt); err != nil {
+		return err
+	}
 	var visit func(b *bolt.Bucket) error
 	visit = func(b *bolt.Bucket) error {
 		return b.ForEach(func(key, value []byte) error {
@@ -309,6 +312,9 @@ type state struct {
 
 // loadState reads the state of a file and verifies its head: the last commits must hash to what the head says.
 func loadState(tx *bolt.Tx, trustDomain string) (s state, err error) {
+	if err := checkPages(tx, newestPages); err != nil {
+		return s, err
+	}
 	meta := tx.Bucket(bucketMeta)
 	if meta == nil || tx.Bucket(bucketEvents) == nil || tx.Bucket(bucketCommits) == nil || tx.Bucket(bucketTrustDomains) == nil {
 		return s, damaged{errors.New("it is a bbolt file, but not a ledger: its buckets are missing")}
