@@ -1,9 +1,10 @@
-// Package atomicfile writes a file so that readers see the old contents or the new, and never a part.
+// Package atomicfile writes a file so that readers see the old contents or the new, and never a part. What it has made is durable.
 package atomicfile
 
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 )
@@ -28,9 +29,37 @@ func Write(path string, data []byte) (err error) {
 	if err != nil {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
+	return SyncFolder(filepath.Dir(path))
+}
+
+// MakeFolder makes a folder, mode 0700, and those above it that are missing. Its name is on disk when it returns, also when the folder was there: whoever made it
+// may have been killed too soon, and a power cut takes with a name all that is below it.
+func MakeFolder(dir string) error {
+	err := os.Mkdir(dir, 0o700)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := MakeFolder(filepath.Dir(dir)); err != nil {
+			return err
+		}
+		err = os.Mkdir(dir, 0o700)
 	}
-	return errors.Join(dir.Sync(), dir.Close())
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("making the folder %s: %w", dir, err)
+	}
+	err = SyncFolder(filepath.Dir(dir))
+	if errors.Is(err, fs.ErrPermission) { // a parent that may not be read is somebody else's, and so is the folder's name
+		return nil
+	}
+	return err
+}
+
+// SyncFolder returns once the names in a folder are on disk.
+func SyncFolder(dir string) error {
+	f, err := os.Open(dir)
+	if err == nil {
+		err = errors.Join(f.Sync(), f.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("flushing the folder %s to disk: %w", dir, err)
+	}
+	return nil
 }

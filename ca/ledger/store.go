@@ -168,7 +168,9 @@ func decodeCommit(value []byte) (count uint64, hash Hash, err error) {
 	return uint64(binary.BigEndian.Uint32(value)), hash, nil
 }
 
-// openStore opens an existing file. An error says what is wrong with the file.
+// openStore opens an existing file. An error says what is wrong with the file. What a process before this one wrote and did not live to make durable
+// is made so before anything is built on it: bbolt would write over pages that are free by its word, and after a power cut they would
+// be missing under the meta page that is on the disk.
 func openStore(path string, readOnly bool) (db *bolt.DB, err error) {
 	page, err := inspect(path)
 	if err != nil {
@@ -203,6 +205,11 @@ func openStore(path string, readOnly bool) (db *bolt.DB, err error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if !readOnly {
+		if err := db.Sync(); err != nil {
+			return nil, errors.Join(fmt.Errorf("making durable what is there: %w", err), db.Close())
+		}
 	}
 	return db, nil
 }

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 
 	"kedge/ca"
+	"kedge/ca/atomicfile"
 )
 
 // KeyStoreOptions says where keys are kept.
@@ -102,7 +103,7 @@ func (s *KeyStore) Delete(ctx context.Context, ref string) error {
 		}
 		return fmt.Errorf("deleting the key %s: %w", ref, err)
 	}
-	return syncFolder(s.dir)
+	return atomicfile.SyncFolder(s.dir)
 }
 
 // check lets nothing but a key id become a path.
