@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // Write puts data at path, mode 0600, and returns once it is on disk.
@@ -30,6 +31,27 @@ func Write(path string, data []byte) (err error) {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
 	return SyncFolder(filepath.Dir(path))
+}
+
+// Clean removes what a Write to path left behind whose process was killed. Nobody may be writing there.
+func Clean(path string) error {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("looking for what a crash may have left: %w", err)
+	}
+	for _, entry := range entries {
+		digits, ours := strings.CutPrefix(entry.Name(), "."+filepath.Base(path)+".")
+		if !ours || digits == "" || strings.Trim(digits, "0123456789") != "" {
+			continue
+		}
+		if err := os.Remove(filepath.Join(filepath.Dir(path), entry.Name())); err != nil {
+			return fmt.Errorf("removing what a crash left: %w", err)
+		}
+	}
+	return nil
 }
 
 // MakeFolder makes a folder, mode 0700, and those above it that are missing. Its name is on disk when it returns, also when the folder was there: whoever made it

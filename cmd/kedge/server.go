@@ -163,7 +163,7 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	if err != nil {
 		return err
 	}
-	if err := s.writeRoots(); err != nil {
+	if err := errors.Join(atomicfile.Clean(s.rootFile()), s.writeRoots()); err != nil {
 		return err
 	}
 	var streams context.Context
