@@ -27,6 +27,7 @@ import (
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 	"kedge/issuer/authn"
+	"kedge/issuer/gate"
 	"kedge/issuer/istio"
 	"kedge/issuer/metrics"
 	"kedge/issuer/ops"
@@ -40,6 +41,9 @@ const stopLimit = 20 * time.Second
 // httpStopLimit is how long answers to admins and to monitoring may still take after that.
 const httpStopLimit = 2 * time.Second
 
+// maxMonitors is how many connections health and metrics may have at once.
+const maxMonitors = 128
+
 // server is a running CA with all its doors.
 type server struct {
 	config  *config.Config
@@ -52,6 +56,7 @@ type server struct {
 	ca      *ca.CA
 	authn   *authn.Authenticator
 	ready   *ops.Readiness
+	gate    *gate.Gate
 	grpc    *grpc.Server
 	health  *health.Server
 	http    []*http.Server
@@ -97,7 +102,8 @@ func (s *server) start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems})
+	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Handshake: s.config.CSR.HandshakeTimeout.Std(), Logger: s.log, Metrics: counters})
+	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems, Gate: s.gate})
 	return s.open(ctx, counters, registry, join)
 }
 
@@ -168,7 +174,8 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	}
 	var streams context.Context
 	streams, s.endStreams = context.WithCancel(context.WithoutCancel(ctx))
-	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Timeout: c.CSR.CallTimeout.Std()}
+	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Gate: s.gate, Waiting: c.CSR.WaitTimeout.Std(),
+		Timeout: c.CSR.CallTimeout.Std()}
 	s.grpc, s.health = istio.NewGRPCServer(door, certificate.TLS(), istio.Connections{
 		MaxAge: c.CSR.MaxConnectionAge.Std(), MaxAgeGrace: c.CSR.MaxConnectionAgeGrace.Std(), MinPing: c.CSR.KeepaliveMinTime.Std(),
 		Ping: c.CSR.KeepaliveTime.Std(), PingTimeout: c.CSR.KeepaliveTimeout.Std(), Reflection: c.CSR.Reflection, Stats: tracing.stats,
@@ -201,8 +208,9 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	s.run("serving certificate", func() error { return certificate.Run(background) })
 	s.run("root certificate file", func() error { return s.keepRoots(background) })
 	s.run("gRPC health", func() error { return s.keepHealth(background) })
-	s.run("CSR API", func() error { return s.grpc.Serve(csr) })
-	s.serveHTTP("health and metrics", ops.NewServer(s.ready, s.problems, registry), operations)
+	s.run("CSR API", func() error { return s.grpc.Serve(s.gate.Listener(csr)) })
+	monitors := gate.New(gate.Options{Connections: maxMonitors, Logger: s.log})
+	s.serveHTTP("health and metrics", ops.NewServer(s.ready, s.problems, registry), monitors.Listener(operations))
 	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status}
 	s.serveHTTP("admin socket", desk.HTTP(), socket)
 	return nil
@@ -250,6 +258,7 @@ func (s *server) wait(ctx context.Context) error {
 	}
 	s.ready.Drain()
 	s.health.Shutdown()
+	s.gate.Drain()
 	s.endStreams()
 	stopped := make(chan struct{})
 	go func() {

@@ -2,79 +2,22 @@ package istio
 
 import (
 	"context"
-	"log/slog"
 	"net"
 	"strings"
-	"sync"
-	"time"
 
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/stats"
 	pb "istio.io/api/security/v1alpha1"
 
+	"kedge/issuer/gate"
 	"kedge/issuer/metrics"
 )
 
-// early tells of callers that are refused before their call reaches the door: in the TLS handshake, or by gRPC itself, as when a message is too
-// large. Nothing else would say a word of them.
+// early is a statistics handler that tells of calls which gRPC itself refuses before the door sees them, as when a message is too large. Nothing else
+// would say a word of them.
 type early struct {
-	log     *slog.Logger
+	gate    *gate.Gate
 	metrics *metrics.Metrics
-	sparing sparing
-}
-
-func (e *early) refused(what string, err error, address net.Addr) {
-	passedOver, tell := e.sparing.tell(time.Now())
-	if !tell {
-		return
-	}
-	attrs := []any{"reason", err.Error(), "passed_over", passedOver}
-	if address != nil {
-		attrs = append(attrs, "peer", address.String())
-	}
-	e.log.Warn(what, attrs...)
-}
-
-// earlyLines is how many of these lines are logged in a second: everybody who reaches the port can cause them.
-const earlyLines = 10
-
-// sparing lets so many lines through in each second, and counts the others.
-type sparing struct {
-	mu         sync.Mutex
-	second     int64
-	lines      int
-	passedOver int
-}
-
-// tell says whether a line is to be logged now, and how many were not since the last.
-func (s *sparing) tell(now time.Time) (passedOver int, tell bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if second := now.Unix(); second != s.second {
-		s.second, s.lines = second, 0
-	}
-	if s.lines++; s.lines > earlyLines {
-		s.passedOver++
-		return 0, false
-	}
-	passedOver, s.passedOver = s.passedOver, 0
-	return passedOver, true
-}
-
-// handshakes are credentials that tell of handshakes that fail.
-type handshakes struct {
-	credentials.TransportCredentials
-	early *early
-}
-
-func (h handshakes) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	conn, info, err := h.TransportCredentials.ServerHandshake(raw)
-	if err != nil {
-		h.early.metrics.Handshake()
-		h.early.refused("a TLS handshake failed", err, raw.RemoteAddr())
-	}
-	return conn, info, err
 }
 
 // otherCall marks the context of a call that is not for the CSR API.
@@ -99,7 +42,7 @@ func (e *early) HandleRPC(ctx context.Context, event stats.RPCStats) {
 		address = p.Addr
 	}
 	e.metrics.Call(metrics.ResultUnread, end.EndTime.Sub(end.BeginTime))
-	e.refused("a call was refused before its request was read", end.Error, address)
+	e.gate.Tell("a call was refused before its request was read", end.Error, address)
 }
 
 func (*early) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }

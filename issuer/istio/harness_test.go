@@ -33,6 +33,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/issuer/authn"
+	"kedge/issuer/gate"
 	"kedge/issuer/istio"
 	"kedge/issuer/metrics"
 	"kedge/issuer/serving"
@@ -141,14 +142,16 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	t.Cleanup(func() { cancel(); <-fetching })
 	certificate, err := serving.New(t.Context(), d.ca, []string{"localhost", "127.0.0.1"}, time.Hour, log)
 	must(err)
-	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: metrics.New(d.registry), Log: log,
+	counters := metrics.New(d.registry)
+	crowd := gate.New(gate.Options{Logger: log, Metrics: counters})
+	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute,
 		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(),
 		istio.Connections{MaxAge: time.Hour, MaxAgeGrace: time.Second, MinPing: 5 * time.Second, Ping: time.Minute, PingTimeout: time.Minute, Reflection: true})
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)
 	d.address = listener.Addr().String()
 	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(listener) }()
+	go func() { ended <- server.Serve(crowd.Listener(listener)) }()
 	t.Cleanup(func() { server.Stop(); <-ended })
 	return d
 }

@@ -141,7 +141,12 @@ func TestBadFilesAreRefusedWithTheTextThatTheDocsPromise(t *testing.T) {
 		{"bad name", "csr: {serverNames: ['*.svc']}", `csr.serverNames[0]: "*.svc" is neither a DNS name nor an IP address`},
 		{"name twice", "csr: {serverNames: ['::1', '0:0::1']}", `csr.serverNames[1]: "0:0::1" is there twice`},
 		{"no time for calls", "csr: {callTimeout: 0s}", "csr.callTimeout: 0s is not more than 0 and at most 10m"},
-		{"too little grace", "csr: {callTimeout: 40s}", "csr.maxConnectionAgeGrace: 30s is less than csr.callTimeout 40s: calls under way would be cut off: raise it to 40s or more"},
+		{"too little grace", "csr: {callTimeout: 40s}", "csr.maxConnectionAgeGrace: 1m30s is less than csr.waitTimeout 1m and csr.callTimeout 40s together: calls under way would be cut off: raise it to 1m40s or more"},
+		{"no waiting", "csr: {waitTimeout: 0s}", "csr.waitTimeout: 0s is not more than 0 and at most 10m"},
+		{"too few connections", "csr: {maxConnections: 4}", "csr.maxConnections: 4 is less than 32; 0 means as many as the process may open files"},
+		{"half a connection", "csr: {maxConnections: 40.5}", "csr.maxConnections: expected a whole number, got the number 40.5"},
+		{"negative connections", "csr: {maxConnections: -1}", "csr.maxConnections: -1 is less than 32; 0 means as many as the process may open files"},
+		{"a handshake that may last", "csr: {handshakeTimeout: 2m}", "csr.handshakeTimeout: 2m is not between 1s and 1m"},
 		{"pings", "csr: {keepaliveMinTime: 0, keepaliveTime: 1s, keepaliveTimeout: 1ms}", "csr.keepaliveTime: 1s is less than 10s" +
 			"\ncsr.keepaliveTimeout: 1ms is less than 1s: clients on slow links would be cut off\ncsr.keepaliveMinTime: 0s is less than 1s"},
 		{"connections", "csr: {maxConnectionAge: 1ms}", "csr.maxConnectionAge: 1ms is less than 1s, so that clients would do nothing but connect; 0s means never"},

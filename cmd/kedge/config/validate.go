@@ -29,9 +29,12 @@ const (
 const (
 	maxClockSkew   = 5 * time.Minute
 	maxCallTimeout = 10 * time.Minute
-	maxJoinToken   = 7 * day
-	minKeepalive   = 10 * time.Second // gRPC itself pings no faster
-	shortIssuing   = time.Hour
+
+	minConnections      = 32
+	maxHandshakeTimeout = time.Minute
+	maxJoinToken        = 7 * day
+	minKeepalive        = 10 * time.Second // gRPC itself pings no faster
+	shortIssuing        = time.Hour
 )
 
 // Validate says whether the values make sense, each by itself and together. It reads cfsslProfilesFile, and no other file that is
@@ -98,9 +101,18 @@ func (v *validation) csr(c *Config) {
 	if s.MaxConnectionAge > 0 && s.MaxConnectionAge.Std() < time.Second {
 		v.refuse("csr.maxConnectionAge", "%s is less than 1s, so that clients would do nothing but connect; 0s means never", s.MaxConnectionAge)
 	}
-	if s.MaxConnectionAgeGrace < s.CallTimeout {
-		v.refuse("csr.maxConnectionAgeGrace", "%s is less than csr.callTimeout %s: calls under way would be cut off: raise it to %s or more",
-			s.MaxConnectionAgeGrace, s.CallTimeout, s.CallTimeout)
+	if s.WaitTimeout <= 0 || s.WaitTimeout.Std() > maxCallTimeout {
+		v.refuse("csr.waitTimeout", "%s is not more than 0 and at most %s", s.WaitTimeout, Duration(maxCallTimeout))
+	}
+	if least := s.WaitTimeout + s.CallTimeout; s.MaxConnectionAgeGrace < least {
+		v.refuse("csr.maxConnectionAgeGrace", "%s is less than csr.waitTimeout %s and csr.callTimeout %s together: calls under way would be cut off: raise it to %s or more",
+			s.MaxConnectionAgeGrace, s.WaitTimeout, s.CallTimeout, least)
+	}
+	if s.MaxConnections < 0 || s.MaxConnections > 0 && s.MaxConnections < minConnections {
+		v.refuse("csr.maxConnections", "%d is less than %d; 0 means as many as the process may open files", s.MaxConnections, minConnections)
+	}
+	if s.HandshakeTimeout.Std() < time.Second || s.HandshakeTimeout.Std() > maxHandshakeTimeout {
+		v.refuse("csr.handshakeTimeout", "%s is not between 1s and %s", s.HandshakeTimeout, Duration(maxHandshakeTimeout))
 	}
 	if s.KeepaliveTime.Std() < minKeepalive {
 		v.refuse("csr.keepaliveTime", "%s is less than %s", s.KeepaliveTime, Duration(minKeepalive))
