@@ -159,7 +159,9 @@ func (p *port) client(t *testing.T, from string) *grpc.ClientConn {
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
 	conn, err := grpc.NewClient("passthrough:///"+p.address,
 		grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: p.roots, ServerName: "localhost", MinVersion: tls.VersionTLS12})),
-		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", address) }))
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "tcp", address)
+		}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +174,9 @@ func clientHello(t *testing.T) []byte {
 	t.Helper()
 	ours, theirs := net.Pipe()
 	defer ours.Close()
-	go func() { _ = tls.Client(theirs, &tls.Config{ServerName: "localhost", MinVersion: tls.VersionTLS12}).Handshake() }() // ends with the pipe
+	go func() {
+		_ = tls.Client(theirs, &tls.Config{ServerName: "localhost", MinVersion: tls.VersionTLS12}).Handshake()
+	}() // ends with the pipe
 	header := make([]byte, 5)
 	if _, err := io.ReadFull(ours, header); err != nil {
 		t.Fatal(err)
