@@ -210,7 +210,7 @@ func (c *CA) reload(ctx context.Context) error {
 		next.issuing = append(next.issuing, a)
 		if record.State == ledger.StateActive && !record.Tainted {
 			if before != nil && before.active != nil && before.active.record.ID == record.ID {
-				a.key = before.active.key
+				a.key, a.leaves = before.active.key, before.active.leaves
 			}
 			next.active = a
 		}
@@ -222,7 +222,7 @@ func (c *CA) reload(ctx context.Context) error {
 		}
 		if err != nil {
 			c.log.Error("the active issuing CA cannot sign; a new one is due", "authority", next.active.record.ID, "error", err)
-			next.active.key = nil
+			next.active.key, next.active.leaves = nil, nil
 		}
 	}
 	c.clients.setAuthorities(next.issuing, c.otherIssuers, taintedKeys(records))

@@ -96,7 +96,9 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 		return nil, ref, fmt.Errorf("it would live only until %s, because its root ends then: too short for a certificate of %s. The root must be renewed",
 			a.notAfter.Format(time.RFC3339), shortest)
 	}
-	a.key = key
+	if err := a.use(key); err != nil {
+		return nil, ref, err
+	}
 	if err := c.proveAuthority(a, t.anchors()); err != nil {
 		return nil, ref, fmt.Errorf("proving it with a throwaway leaf: %w", err)
 	}
