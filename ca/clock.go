@@ -18,7 +18,7 @@ import (
 // Clock is where time comes from. Wall may be set, and jump; Elapsed only ever counts up, at the pace of real seconds,
 // for as long as Boot stays the same.
 type Clock struct {
-	Wall    func() time.Time
+	Wall    func() time.Time     // without a monotonic reading, by which Go would compare two times: a jump would go unseen
 	Elapsed func() time.Duration // since the machine booted, suspended time included
 	Boot    string               // names this boot of the machine; "" when that cannot be had
 }
@@ -30,7 +30,7 @@ func SystemClock() Clock {
 		boot = nil // then no time is known to have passed between two runs
 	}
 	return Clock{
-		Wall: time.Now,
+		Wall: func() time.Time { return time.Now().Round(0) },
 		Elapsed: func() time.Duration {
 			var ts unix.Timespec
 			if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
