@@ -65,7 +65,7 @@ type guardedState struct {
 }
 
 // OpenGuardedClock goes on from what path holds. Without the file it begins with the time of the ledger's last event, or, when that has none
-// (zero), with the wall clock.
+// (zero), with the wall clock. It writes nothing: see Save.
 func OpenGuardedClock(path string, clock Clock, lastEvent time.Time) (*GuardedClock, error) {
 	g := &GuardedClock{clock: clock, path: path, base: clock.Wall(), elapsed: clock.Elapsed()}
 	raw, err := os.ReadFile(path)
@@ -73,7 +73,7 @@ func OpenGuardedClock(path string, clock Clock, lastEvent time.Time) (*GuardedCl
 		if !lastEvent.IsZero() {
 			g.base = earlier(g.base, lastEvent)
 		}
-		return g, g.Save()
+		return g, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("reading the guarded clock: %w", err)

@@ -58,6 +58,9 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 	if err := c.reload(ctx); err != nil {
 		return err
 	}
+	if _, _, err := c.trust.Load().signer(c.now(), 0); err != nil {
+		return fmt.Errorf("taking up the new issuing CA %s: %w", next.short(), err)
+	}
 	c.log.Info("a new issuing CA signs from now on", "authority", next.record.ID, "not_after", next.cert.NotAfter, "ledger", c.ledger.Head().Number)
 	return nil
 }
@@ -141,7 +144,8 @@ func (c *CA) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return c.guarded.Save()
+			c.Note("guarded clock", c.guarded.Save())
+			return nil
 		case <-chores.C:
 			c.chores(ctx)
 		case <-renewal.C:
@@ -159,7 +163,7 @@ func (c *CA) Run(ctx context.Context) error {
 // untilRenewal is how long it is until a renewal may be due. It is never long, since the clock may be set.
 func (c *CA) untilRenewal() time.Duration {
 	active := c.trust.Load().active
-	if active == nil {
+	if active == nil || active.key == nil {
 		return 0
 	}
 	return min(tick, max(active.halfLife().Sub(c.now()), 0)+time.Second)
@@ -169,7 +173,7 @@ func (c *CA) renew(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
 	err := c.RenewIssuing(ctx)
-	c.note("issuing CA", err)
+	c.Note("issuing CA", err)
 	return err
 }
 
@@ -177,19 +181,20 @@ func (c *CA) renew(ctx context.Context) error {
 func (c *CA) chores(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
-	c.note("root", c.takeUpRoots(ctx))
-	c.note("removal of retired issuing CAs", c.removeRetired(ctx))
-	c.note("keys of removed issuing CAs", c.destroyKeys(ctx))
+	c.Note("root", c.takeUpRoots(ctx))
+	c.Note("removal of retired issuing CAs", c.removeRetired(ctx))
+	c.Note("keys of removed issuing CAs", c.destroyKeys(ctx))
 	report, err := c.ledger.Prune(ctx, c.guarded.Now())
-	c.note("pruning the ledger", err)
+	c.Note("pruning the ledger", err)
 	if report.Events > 0 {
 		c.log.Info("the ledger was pruned", "events", report.Events, "first", report.First)
 	}
-	c.note("guarded clock", c.guarded.Save())
+	c.Note("guarded clock", c.guarded.Save())
 }
 
-// note logs a problem when it comes and when it goes.
-func (c *CA) note(about string, err error) {
+// Note lists err in Problems as what is wrong about something, until it is noted anew; nil means that it works. It is logged when it comes and
+// when it goes. An end of the CA itself (context.Canceled) is no problem.
+func (c *CA) Note(about string, err error) {
 	if errors.Is(err, context.Canceled) {
 		return
 	}
