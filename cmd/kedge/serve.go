@@ -83,8 +83,15 @@ func (s *server) greet(w io.Writer, t *target) {
 	if t.data != "" {
 		flags += " --data " + t.data
 	}
-	fmt.Fprintf(w, "Kedge %s serves the trust domain %s, ready after %d ms\n\n", version, status.TrustDomain, s.took.Milliseconds())
+	state := fmt.Sprintf("ready after %d ms", time.Since(s.started).Milliseconds())
+	if !status.Ready {
+		state = "but it is not ready yet, and goes on trying by itself"
+	}
+	fmt.Fprintf(w, "Kedge %s serves the trust domain %s, %s\n\n", version, status.TrustDomain, state)
 	table := newTable(w)
+	if !status.Ready {
+		table.row("  not ready", status.NotReady)
+	}
 	table.row("  CSR API", status.CSRAddress+" (TLS)")
 	table.row("  health, metrics", "http://"+status.OpsAddress)
 	table.row("  root certificate", status.RootFile)
@@ -94,7 +101,9 @@ func (s *server) greet(w io.Writer, t *target) {
 		return // nobody reads it
 	}
 	next := "point an istio-agent's CA_ADDR here, with CA_ROOT_CA=" + status.RootFile
-	if identities := s.config.Callers.JoinTokens.Identities; len(identities) > 0 {
+	if identities := s.config.Callers.JoinTokens.Identities; !status.Ready {
+		next = "kedge doctor" + flags
+	} else if len(identities) > 0 {
 		next = fmt.Sprintf("kedge token create%s --identity %s", flags, example(identities[0]))
 	}
 	fmt.Fprintf(w, "\nNext: %s\n", next)

@@ -38,6 +38,12 @@ import (
 // stopLimit is how long calls in flight may take when the CA stops.
 const stopLimit = 20 * time.Second
 
+// How long to wait until the file of root certificates is tried again: after the first failure, and at most.
+const (
+	rootsRetry    = time.Second
+	maxRootsRetry = 10 * time.Second
+)
+
 // httpStopLimit is how long answers to admins and to monitoring may still take after that.
 const httpStopLimit = 2 * time.Second
 
@@ -50,11 +56,11 @@ type server struct {
 	log     *slog.Logger
 	level   *slog.LevelVar
 	started time.Time
-	took    time.Duration // until it was ready
 
 	dataDir string // absolute
 	ca      *ca.CA
 	authn   *authn.Authenticator
+	serving *serving.Certificate
 	ready   *ops.Readiness
 	gate    *gate.Gate
 	grpc    *grpc.Server
@@ -70,13 +76,13 @@ type server struct {
 	failures   chan error // of what should run until the end
 }
 
-// startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails.
+// startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails. What ends
+// by itself, such as a full disk, fails no start: every door opens, and readiness says what is wrong.
 func startServer(ctx context.Context, c *config.Config, log *slog.Logger, level *slog.LevelVar, began time.Time) (*server, error) {
 	s := &server{config: c, log: log, level: level, started: began, failures: make(chan error, 1)}
 	if err := s.start(ctx); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
-	s.took = time.Since(began)
 	return s, nil
 }
 
@@ -103,7 +109,6 @@ func (s *server) start(ctx context.Context) (err error) {
 		return err
 	}
 	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Handshake: s.config.CSR.HandshakeTimeout.Std(), Logger: s.log, Metrics: counters})
-	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems, Gate: s.gate})
 	return s.open(ctx, counters, registry, join)
 }
 
@@ -165,18 +170,16 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 		return err
 	}
 	s.closers = append(s.closers, tracing.close)
-	certificate, err := serving.New(ctx, s.ca, c.CSR.ServerNames, c.CSR.ServerCertificateTTL.Std(), s.log)
-	if err != nil {
+	if s.serving, err = serving.New(ctx, s.ca, c.CSR.ServerNames, c.CSR.ServerCertificateTTL.Std(), s.log); err != nil {
 		return err
 	}
-	if err := s.writeRoots(); err != nil {
-		return err
-	}
+	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems, Gate: s.gate, Serving: s.serving.NotAfter})
+	s.noteRoots()
 	var streams context.Context
 	streams, s.endStreams = context.WithCancel(context.WithoutCancel(ctx))
 	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Gate: s.gate, Waiting: c.CSR.WaitTimeout.Std(),
 		Timeout: c.CSR.CallTimeout.Std()}
-	s.grpc, s.health = istio.NewGRPCServer(door, certificate.TLS(), istio.Connections{
+	s.grpc, s.health = istio.NewGRPCServer(door, s.serving.TLS(), istio.Connections{
 		MaxAge: c.CSR.MaxConnectionAge.Std(), MaxAgeGrace: c.CSR.MaxConnectionAgeGrace.Std(), MinPing: c.CSR.KeepaliveMinTime.Std(),
 		Ping: c.CSR.KeepaliveTime.Std(), PingTimeout: c.CSR.KeepaliveTimeout.Std(), Reflection: c.CSR.Reflection, Stats: tracing.stats,
 		Streams: streams,
@@ -196,16 +199,13 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 		return err
 	}
 	s.csrAddr, s.opsAddr = csr.Addr().String(), operations.Addr().String()
-	s.ready = &ops.Readiness{Probe: s.ca.Ready}
-	if err := s.ready.Check(); err != nil {
-		return errors.Join(fmt.Errorf("the CA is not ready: %w", err), socket.Close())
-	}
+	s.ready = &ops.Readiness{Probe: s.probe}
 
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.cancel = cancel
 	s.run("authorities", func() error { return s.ca.Run(background) })
 	s.run("token issuers", func() error { return s.authn.Run(background) })
-	s.run("serving certificate", func() error { return certificate.Run(background) })
+	s.run("serving certificate", func() error { return s.serving.Run(background) })
 	s.run("root certificate file", func() error { return s.keepRoots(background) })
 	s.run("gRPC health", func() error { return s.keepHealth(background) })
 	s.run("CSR API", func() error { return s.grpc.Serve(s.gate.Listener(csr)) })
@@ -314,19 +314,41 @@ func (s *server) writeRoots() error {
 	return atomicfile.Write(s.rootFile(), text)
 }
 
-// keepRoots writes the file anew when the bundle changes.
+// noteRoots makes sure that the file holds the bundle of now. That it does not is a problem.
+func (s *server) noteRoots() error {
+	err := s.writeRoots()
+	if err != nil {
+		err = fmt.Errorf("agents on this machine do not get the trust bundle of now: %w", err)
+	}
+	s.ca.Note("root certificate file", err)
+	return err
+}
+
+// keepRoots writes the file anew when the bundle changes, and after a failure until it works.
 func (s *server) keepRoots(ctx context.Context) error {
-	for {
+	for wait := rootsRetry; ; {
 		changed := s.ca.Changed()
-		if err := s.writeRoots(); err != nil {
-			s.log.Error("the root certificate file is not up to date", "error", err)
+		var again <-chan time.Time // never, unless it failed
+		if s.noteRoots() == nil {
+			wait = rootsRetry
+		} else {
+			again, wait = time.After(wait), min(2*wait, maxRootsRetry)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+		case <-again:
 		}
 	}
+}
+
+// probe says whether a caller would get a certificate now: the CA signs and records, and the CSR API can prove itself.
+func (s *server) probe(ctx context.Context) error {
+	if err := s.ca.Ready(ctx); err != nil {
+		return err
+	}
+	return s.serving.Ready()
 }
 
 // keepHealth lets gRPC's health service say what /readyz says.

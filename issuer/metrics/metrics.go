@@ -147,8 +147,9 @@ func (m *Metrics) Commit(c ledger.Commit) {
 // Collector reads the state of a CA when it is scraped.
 type Collector struct {
 	CA       *ca.CA
-	Problems func() []error // what is wrong though the CA goes on; nil: what the CA itself says
-	Gate     *gate.Gate     // of the CSR API's port; nil: none
+	Problems func() []error   // what is wrong though the CA goes on; nil: what the CA itself says
+	Gate     *gate.Gate       // of the CSR API's port
+	Serving  func() time.Time // when the serving certificate expires; zero while there is none
 }
 
 var (
@@ -160,13 +161,14 @@ var (
 	problemsDesc    = prometheus.NewDesc("kedge_problems", "How many things are wrong though the CA goes on: see kedge doctor.", nil, nil)
 	connectionsDesc = prometheus.NewDesc("kedge_connections", "Connections to the CSR API's port.", []string{"state"}, nil)
 	waitingDesc     = prometheus.NewDesc("kedge_waiting", "Handshakes and calls that wait for their turn.", []string{"what"}, nil)
+	servingDesc     = prometheus.NewDesc("kedge_serving_certificate_not_after_timestamp_seconds", "When the certificate of the CSR API's server expires; 0 while there is none.", nil, nil)
 	rootDesc        = prometheus.NewDesc("citadel_server_root_cert_expiry_timestamp", "The unix timestamp, in seconds, when the root cert will expire.", nil, nil)
 	chainDesc       = prometheus.NewDesc("citadel_server_cert_chain_expiry_timestamp", "The unix timestamp, in seconds, when the cert chain will expire.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, connectionsDesc, waitingDesc, rootDesc, chainDesc} {
+	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, connectionsDesc, waitingDesc, servingDesc, rootDesc, chainDesc} {
 		ch <- d
 	}
 }
@@ -211,13 +213,16 @@ func (c Collector) Collect(ch chan<- prometheus.Metric) {
 		problems = c.Problems
 	}
 	gauge(problemsDesc, float64(len(problems())))
-	if c.Gate != nil {
-		counts := c.Gate.Counts()
-		gauge(connectionsDesc, float64(counts.Connections-counts.Idle), "busy")
-		gauge(connectionsDesc, float64(counts.Idle), "idle")
-		gauge(waitingDesc, float64(counts.WaitingHandshakes), "handshake")
-		gauge(waitingDesc, float64(counts.WaitingCalls), "call")
+	counts := c.Gate.Counts()
+	gauge(connectionsDesc, float64(counts.Connections-counts.Idle), "busy")
+	gauge(connectionsDesc, float64(counts.Idle), "idle")
+	gauge(waitingDesc, float64(counts.WaitingHandshakes), "handshake")
+	gauge(waitingDesc, float64(counts.WaitingCalls), "call")
+	var serving float64
+	if end := c.Serving(); !end.IsZero() {
+		serving = float64(end.Unix())
 	}
+	gauge(servingDesc, serving)
 	gauge(rootDesc, float64(root.Unix()))
 	if !chain.IsZero() {
 		gauge(chainDesc, float64(chain.Unix()))
