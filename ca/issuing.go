@@ -95,6 +95,10 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 	if err != nil {
 		return nil, ref, err
 	}
+	if now.Before(cert.NotBefore) {
+		return nil, ref, fmt.Errorf("its life would begin only at %s, as its root's does, and this machine's clock says %s: set the clock",
+			cert.NotBefore.Format(time.RFC3339), now.Format(time.RFC3339))
+	}
 	if shortest := c.profiles[DefaultProfile].MinTTL(); a.notAfter.Sub(now) < shortest {
 		return nil, ref, fmt.Errorf("it would live only until %s, because its root ends then: too short for a certificate of %s. The root must be renewed",
 			a.notAfter.Format(time.RFC3339), shortest)
