@@ -89,9 +89,30 @@ type door struct {
 	registry *prometheus.Registry
 }
 
+// doorOptions say in what a door differs from others. A zero field is as it mostly is.
+type doorOptions struct {
+	profiles    map[string]ca.ProfileConfig // added to the default one
+	issuers     []authn.IssuerConfig        // added to the one whose tokens door.token makes
+	connections istio.Connections
+	listener    net.Listener
+}
+
 // openDoor opens everything. profiles are added to the default one.
 func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	t.Helper()
+	return openDoorWith(t, doorOptions{profiles: profiles})
+}
+
+// defaultConnections are those of the configuration's defaults.
+var defaultConnections = istio.Connections{
+	MaxAge: 30 * time.Minute, MaxAgeGrace: 30 * time.Second, MinPing: 5 * time.Second, Ping: time.Minute, PingTimeout: 20 * time.Second, Reflection: true,
+}
+
+func openDoorWith(t testing.TB, o doorOptions) *door {
+	t.Helper()
+	if o.connections == (istio.Connections{}) {
+		o.connections = defaultConnections
+	}
 	d := &door{log: &lines{}, registry: prometheus.NewRegistry(), roots: x509.NewCertPool()}
 	log := slog.New(slog.NewJSONHandler(d.log, nil))
 	dir := t.TempDir()
@@ -115,7 +136,7 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	made := map[string]*ca.Profile{}
 	made[ca.DefaultProfile], err = ca.NewProfile(ca.DefaultProfile, ca.DefaultProfileConfig())
 	must(err)
-	for name, config := range profiles {
+	for name, config := range o.profiles {
 		made[name], err = ca.NewProfile(name, config)
 		must(err)
 	}
@@ -134,7 +155,8 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	d.join, err = authn.NewJoinTokens(authn.JoinOptions{TrustDomain: td, Key: joinKey, Identities: []string{"ns/*/sa/*"}, MaxTTL: time.Hour, Ledger: d.ledger})
 	must(err)
 	callers, err := authn.New(authn.Options{TrustDomain: td, Join: d.join, Certificates: d.ca.ClientCertificates(), Logger: log,
-		Issuers: []authn.IssuerConfig{{Name: "main", Kind: authn.KindKubernetes, Issuer: tokenIssuer, Audiences: []string{"istio-ca"}, JWKSFile: filepath.Join(dir, "jwks.json")}}})
+		Issuers: append([]authn.IssuerConfig{{Name: "main", Kind: authn.KindKubernetes, Issuer: tokenIssuer, Audiences: []string{"istio-ca"}, JWKSFile: filepath.Join(dir, "jwks.json")}},
+			o.issuers...)})
 	must(err)
 	background, cancel := context.WithCancel(context.Background())
 	fetching := make(chan error, 1)
@@ -145,21 +167,27 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	counters := metrics.New(d.registry)
 	crowd := gate.New(gate.Options{Logger: log, Metrics: counters})
 	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute,
-		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(),
-		istio.Connections{MaxAge: time.Hour, MaxAgeGrace: time.Second, MinPing: 5 * time.Second, Ping: time.Minute, PingTimeout: time.Minute, Reflection: true})
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(err)
-	d.address = listener.Addr().String()
+		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(), o.connections)
+	if o.listener == nil {
+		o.listener, err = net.Listen("tcp", "127.0.0.1:0")
+		must(err)
+	}
+	d.address = o.listener.Addr().String()
 	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(crowd.Listener(listener)) }()
+	go func() { ended <- server.Serve(crowd.Listener(o.listener)) }()
 	t.Cleanup(func() { server.Stop(); <-ended })
 	return d
+}
+
+// tls is what a client needs to know of the door.
+func (d *door) tls() *tls.Config {
+	return &tls.Config{RootCAs: d.roots, ServerName: "localhost", MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"}}
 }
 
 // api connects to the door, with a client certificate or without.
 func (d *door) api(t testing.TB, certificate *tls.Certificate) pb.IstioCertificateServiceClient {
 	t.Helper()
-	config := &tls.Config{RootCAs: d.roots, ServerName: "localhost", MinVersion: tls.VersionTLS12}
+	config := d.tls()
 	if certificate != nil {
 		config.Certificates = []tls.Certificate{*certificate}
 	}
