@@ -2,15 +2,25 @@ package istio_test
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -66,6 +76,62 @@ func firstCertificate(t *testing.T, text string) *x509.Certificate {
 		t.Fatal(err)
 	}
 	return cert
+}
+
+// TestEveryAnswerIsAnSVIDForGoSpiffeAndForOpenSSL: what the CSR API hands out, for each kind of key that istio-agents make and each that the default
+// policy allows at its ends.
+func TestEveryAnswerIsAnSVIDForGoSpiffeAndForOpenSSL(t *testing.T) {
+	d := openDoor(t, nil)
+	api := d.api(t, nil)
+	generate := map[string]func() (crypto.Signer, error){
+		"P-256":    func() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) },
+		"P-384":    func() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P384(), rand.Reader) },
+		"RSA-2048": func() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 2048) },
+		"RSA-4096": func() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 4096) },
+	}
+	for kind, generate := range generate {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			key, err := generate()
+			if err != nil {
+				t.Fatal(err)
+			}
+			answer, err := api.CreateCertificate(bearer(t.Context(), d.token(t)), &pb.IstioCertificateRequest{Csr: csrFor(t, key, nil)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain := answer.GetCertChain()
+			leaf, between, roots := chain[0], strings.Join(chain[1:len(chain)-1], ""), chain[len(chain)-1]
+			pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			svid, err := x509svid.Parse([]byte(leaf+between), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}))
+			if err != nil {
+				t.Fatalf("go-spiffe: %v", err)
+			}
+			bundle, err := x509bundle.Parse(td, []byte(roots))
+			if err != nil {
+				t.Fatalf("go-spiffe: %v", err)
+			}
+			if id, _, err := x509svid.Verify(svid.Certificates, bundle); err != nil || id.String() != "spiffe://cluster.local/ns/ns1/sa/sa1" {
+				t.Errorf("go-spiffe: %s %v", id, err)
+			}
+			dir := t.TempDir()
+			for name, text := range map[string]string{"leaf": leaf, "between": between, "roots": roots} {
+				if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, purpose := range []string{"sslclient", "sslserver"} {
+				command := exec.Command("openssl", "verify", "-x509_strict", "-check_ss_sig", "-purpose", purpose, "-CAfile", "roots", "-untrusted", "between", "leaf")
+				command.Dir = dir
+				if out, err := command.CombinedOutput(); err != nil || string(out) != "leaf: OK\n" {
+					t.Errorf("openssl, %s: %v\n%s", purpose, err, out)
+				}
+			}
+		})
+	}
 }
 
 func TestMoreThanTheMaximumIsClampedAndCounted(t *testing.T) {
