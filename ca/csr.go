@@ -56,10 +56,10 @@ func decodeCSR(text []byte) (*x509.CertificateRequest, error) {
 	}
 	csr, err := x509.ParseCertificateRequest(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("cannot be parsed as PKCS#10: %w", err)
+		return nil, fmt.Errorf("cannot be parsed as PKCS#10: %.200s", err) // x509 repeats a name that it cannot read
 	}
 	if csr.PublicKey == nil {
-		return nil, fmt.Errorf("has a public key of an unknown type (%s)", csr.PublicKeyAlgorithm)
+		return nil, errors.New("has a public key of an unknown type: use RSA or ECDSA")
 	}
 	return csr, nil
 }
