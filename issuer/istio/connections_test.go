@@ -19,6 +19,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	pb "istio.io/api/security/v1alpha1"
+
+	"kedge/ca/ledger"
 )
 
 // wire is a listener in memory, so that connections to a door can live in a bubble of testing/synctest, in which hours take no time.
@@ -199,4 +201,31 @@ func TestAPeerThatSaysNothingIsHungUpOn(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestACallThatTakesTooLongIsUnavailable, since agents repeat nothing else. Here the commit before its own does not come to an end.
+func TestACallThatTakesTooLongIsUnavailable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var slow atomic.Bool
+		begun, goOn := make(chan struct{}), make(chan struct{})
+		w := &wire{Listener: bufconn.Listen(64 << 10)}
+		d := openDoorWith(t, doorOptions{listener: w, onCommit: func(ledger.Commit) {
+			if slow.CompareAndSwap(true, false) {
+				close(begun)
+				<-goOn
+			}
+		}})
+		conn := w.dial(t, d)
+		first := takeOff(t, d, conn)
+		answered := make(chan error, 1)
+		slow.Store(true)
+		go func() { answered <- first.land(t) }()
+		<-begun
+		if err := takeOff(t, d, conn).land(t); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "temporarily unavailable, try again") {
+			t.Errorf("a call that waits behind it: %v", err)
+		}
+		close(goOn)
+		<-answered // what becomes of a call in the commit itself is the ledger's business
+		call(t, d, conn)
+	})
 }

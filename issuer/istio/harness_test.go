@@ -95,6 +95,7 @@ type doorOptions struct {
 	issuers     []authn.IssuerConfig        // added to the one whose tokens door.token makes
 	connections istio.Connections
 	listener    net.Listener
+	onCommit    func(ledger.Commit)
 }
 
 // openDoor opens everything. profiles are added to the default one.
@@ -123,7 +124,7 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 		}
 	}
 	var err error
-	d.ledger, err = ledger.Open(dir, ledger.Options{TrustDomain: td.Name(), ProgramVersion: "0.1.0", Retention: time.Hour, Logger: log})
+	d.ledger, err = ledger.Open(dir, ledger.Options{TrustDomain: td.Name(), ProgramVersion: "0.1.0", Retention: time.Hour, Logger: log, OnCommit: o.onCommit})
 	must(err)
 	t.Cleanup(func() { d.ledger.Close() })
 	root, err := file.OpenRoot(file.RootOptions{Dir: filepath.Join(dir, "root"), TrustDomain: td.Name()})

@@ -1,7 +1,6 @@
 package istio_test
 
 import (
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -33,7 +32,6 @@ import (
 
 	"kedge/ca"
 	"kedge/ca/ledger"
-	"kedge/issuer/istio"
 )
 
 func TestTheChainIsLeafFirstOneCertificateAnElementAndTheBundleLast(t *testing.T) {
@@ -402,14 +400,5 @@ func TestTheServerSpeaksTLS12WithGCMAnd13AndNothingOlder(t *testing.T) {
 	}
 	if _, err := dial(&tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA}}); err == nil {
 		t.Error("CBC is spoken")
-	}
-}
-
-func TestACallThatTakesTooLongIsUnavailableSinceAgentsRepeatNothingElse(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 0)
-	defer cancel()
-	_, answer := istio.Refuse("id", ctx.Err())
-	if status.Code(answer) != codes.Unavailable {
-		t.Errorf("answer %v", answer)
 	}
 }
