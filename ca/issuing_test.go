@@ -395,6 +395,35 @@ func TestAClockThatWasAheadAndIsRightAgainCostsNothingButANewIssuingCA(t *testin
 	f.verifyLedger(t)
 }
 
+// TestNothingIsPrunedOnTheWordOfAClockThatJumpedAhead, until a token issuer's fresh token bears the clock out.
+func TestNothingIsPrunedOnTheWordOfAClockThatJumpedAhead(t *testing.T) {
+	f := newFixture(t)
+	f.mustOpen(t)
+	f.mustIssue(t, f.caller("/ns/default/sa/web"), time.Hour)
+	f.clock.jump(24 * time.Hour) // the retention time is an hour
+	for range 2 {
+		f.ca.Housekeep(t.Context())
+		f.mustIssue(t, f.caller("/ns/default/sa/web"), time.Hour)
+	}
+	if first := f.ledger.Head().First; first != 1 {
+		t.Errorf("the log begins with %d", first)
+	}
+	if problems := f.ca.Problems(); len(problems) != 1 || !strings.Contains(problems[0].Error(), "nothing is pruned or removed for what lies between") {
+		t.Errorf("problems %v", problems)
+	}
+	caller := f.caller("/ns/default/sa/web")
+	caller.IssuedAt = f.clock.clock().Wall().Add(-2 * time.Minute)
+	f.mustIssue(t, caller, time.Hour)
+	f.ca.Housekeep(t.Context())
+	if problems := f.ca.Problems(); len(problems) > 0 {
+		t.Errorf("a fresh token was shown, and there are the problems %v", problems)
+	}
+	if first := f.ledger.Head().First; first == 1 {
+		t.Error("nothing is pruned though the clock was borne out")
+	}
+	f.verifyLedger(t)
+}
+
 func TestAClockBeforeTheRootsLifeIsAProblemAndMakesNoIssuingCAs(t *testing.T) {
 	f := newFixture(t)
 	f.mustOpen(t)

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/big"
 	"net/http"
 	"net/http/httptest"
@@ -16,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"kedge/ca"
@@ -190,6 +192,56 @@ func TestAnIssuerThatNeverGaveKeysMakesCallersTryAgain(t *testing.T) {
 	server.set(func(s *keyServer) { s.answer = nil })
 	b.clock.pass(10 * time.Second)
 	b.accepts(t, good)
+}
+
+// TestAnIssuerThatIsBackIsFoundWithoutACall: in the background, whether or not its keys were ever had. Each outage is logged once.
+func TestAnIssuerThatIsBackIsFoundWithoutACall(t *testing.T) {
+	for name, c := range map[string]struct {
+		before, after error // what a good token gets before the outage, and during it
+		says          string
+	}{
+		"it was there before": {nil, nil, "those of "},
+		"it never was":        {ca.ErrUnavailable, ca.ErrUnavailable, "and never were"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				key, file := newSigner(t, "k1"), filepath.Join(t.TempDir(), "jwks.json")
+				if c.before == nil {
+					write(t, file, jwks(t, key))
+				}
+				const issuer = "https://cluster.example"
+				b := start(t, authn.Options{Now: time.Now, Issuers: []authn.IssuerConfig{
+					{Name: "cluster", Kind: authn.KindKubernetes, Issuer: issuer, Audiences: []string{"istio-ca"}, JWKSFile: file, RefreshInterval: 5 * time.Minute}}})
+				token := key.sign(t, b.claims(issuer))
+				ask := func(want error) {
+					t.Helper()
+					if _, err := b.ask("Bearer " + token); !errors.Is(err, want) {
+						t.Errorf("got %v, want %v", err, want)
+					}
+				}
+				synctest.Wait()
+				ask(c.before)
+				if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					t.Fatal(err)
+				}
+				<-time.After(10 * time.Minute)
+				ask(c.after)
+				if problems := b.Problems(); len(problems) != 1 || !strings.Contains(problems[0], c.says) {
+					t.Errorf("got the problems %q", problems)
+				}
+				if n := strings.Count(b.log.String(), "the issuer's keys cannot be had"); n != 1 {
+					t.Errorf("said %d times, want once:\n%s", n, b.log)
+				}
+				write(t, file, jwks(t, key))
+				<-time.After(20 * time.Second) // twice the shortest time between fetches
+				synctest.Wait()
+				if problems := b.Problems(); len(problems) != 0 {
+					t.Errorf("it is back, and there are still the problems %q", problems)
+				}
+				ask(nil)
+			})
+		})
+	}
 }
 
 func TestARestartWhileTheIssuerIsAwayUsesTheKeysOfBefore(t *testing.T) {
