@@ -434,14 +434,15 @@ func TestAClockBeforeTheRootsLifeIsAProblemAndMakesNoIssuingCAs(t *testing.T) {
 	if got, keys := f.states(t), f.keyFiles(t); got != "active" || len(keys) != 1 {
 		t.Errorf("states %q, %d keys", got, len(keys))
 	}
-	if problems := fmt.Sprint(f.ca.Problems()); !strings.Contains(problems, "root: ") || !strings.Contains(problems, "issuing CA: making a new issuing CA: its life would begin only at ") {
+	problems := fmt.Sprint(f.ca.Problems())
+	if !strings.Contains(problems, "root: ") || !strings.Contains(problems, "issuing CA: making a new issuing CA: its life would begin only at ") {
 		t.Errorf("problems %v", problems)
 	}
 	if _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); !errors.Is(err, ca.ErrUnavailable) {
 		t.Errorf("issuing: %v", err)
 	}
 	f.clock.jump(24 * time.Hour)
-	f.ca.Guarded().Confirm()
+	f.ca.Guarded().Corroborate(f.clock.clock().Wall()) // as a fresh token does
 	f.ca.Housekeep(t.Context())
 	f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
 	if problems := f.ca.Problems(); len(problems) > 0 || f.states(t) != "active" {
