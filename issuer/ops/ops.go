@@ -14,7 +14,8 @@ import (
 )
 
 const (
-	probeLimit = 3 * time.Second // how long one probe of readiness may take, and how long anybody waits for it
+	probeLimit = 3 * time.Second // how long one probe of readiness may take
+	hangLimit  = 4 * time.Second // how long anybody waits for one that does not heed that
 	probeAge   = time.Second     // how long its outcome serves further calls: each probe costs a signature and an fsync
 )
 
@@ -39,12 +40,12 @@ func (r *Readiness) Drain() {
 // Check probes, at most once a second however many ask. A probe that does not end, since the disk hangs, is an answer as well.
 func (r *Readiness) Check() error {
 	if probing := r.begin(); probing != nil {
-		timer := time.NewTimer(probeLimit)
+		timer := time.NewTimer(hangLimit)
 		defer timer.Stop()
 		select {
 		case <-probing:
 		case <-timer.C:
-			return fmt.Errorf("a probe signature and a durable write to the ledger take longer than %s: the disk or the key store hangs", probeLimit)
+			return fmt.Errorf("a probe signature and a durable write to the ledger take longer than %s: the disk or the key store hangs", hangLimit)
 		}
 	}
 	r.mu.Lock()
