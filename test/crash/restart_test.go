@@ -229,7 +229,7 @@ func TestADiskThatHangsIsToldOf(t *testing.T) {
 		process.Impossible(t, "strace cannot attach", err)
 		return
 	}
-	const hangs = "the disk or the key store hangs"
+	const hangs = "the disk is slow or hangs"
 	process.Eventually(t, "/readyz to tell of it", func() error {
 		if code, body := k.Get(t, "/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, hangs) {
 			return fmt.Errorf("%d %s", code, body)
