@@ -44,6 +44,9 @@ func newDoctorCommand(t *target) *cobra.Command {
 when something is wrong. It changes nothing.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			findings := examine(c.Context(), t)
+			if c.Context().Err() != nil {
+				return context.Cause(c.Context()) // what was found by then is no examination
+			}
 			var ill bool
 			for _, f := range findings {
 				ill = ill || f.State == wrong

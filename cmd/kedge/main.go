@@ -35,7 +35,7 @@ var errFound = errors.New("something is wrong, see above")
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	context.AfterFunc(ctx, stop) // the second signal ends the process as it ends any other
 	os.Exit(run(ctx, os.Args[1:]))
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -40,11 +41,17 @@ func newServeCommand(t *target) *cobra.Command {
 				log.Warn("configuration", "warning", warning)
 			}
 			s, err := startServer(c.Context(), cfg, log, level, began)
+			if errors.Is(err, errStopped) {
+				log.Info("stopping: the CA had not started yet")
+				return nil
+			}
 			if err != nil {
 				log.Error("the CA did not start", "error", err)
 				return err
 			}
-			s.greet(c.OutOrStdout(), t)
+			if c.Context().Err() == nil { // else it stops at once
+				s.greet(c.OutOrStdout(), t)
+			}
 			return s.wait(c.Context())
 		},
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -76,17 +77,30 @@ type server struct {
 	failures   chan error // of what should run until the end
 }
 
-// startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails. What ends
-// by itself, such as a full disk, fails no start: every door opens, and readiness says what is wrong.
+// errStopped says that the CA was told to stop before it had started.
+var errStopped = errors.New("stopped before the CA had started")
+
+// startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails, or
+// when ctx ends: then the error is errStopped.
+// What ends by itself, such as a full disk, fails no start: every door opens, and readiness says what is wrong.
 func startServer(ctx context.Context, c *config.Config, log *slog.Logger, level *slog.LevelVar, began time.Time) (*server, error) {
 	s := &server{config: c, log: log, level: level, started: began, failures: make(chan error, 1)}
-	if err := s.start(ctx); err != nil {
+	switch err := s.start(ctx); {
+	case errors.Is(err, errStopped):
+		return nil, cmp.Or(s.close(), err)
+	case err != nil:
 		return nil, errors.Join(err, s.close())
 	}
 	return s, nil
 }
 
+// start looks at ctx between its steps, and finishes what it has begun: a root that was made and not recorded would be one whose past the ledger
+// does not know.
 func (s *server) start(ctx context.Context) (err error) {
+	step := context.WithoutCancel(ctx)
+	if ctx.Err() != nil {
+		return errStopped
+	}
 	if s.dataDir, err = filepath.Abs(s.config.DataDir); err != nil {
 		return fmt.Errorf("finding the data folder: %w", err)
 	}
@@ -101,15 +115,21 @@ func (s *server) start(ctx context.Context) (err error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	counters := metrics.New(registry)
-	if err := s.openCA(ctx, counters); err != nil {
+	if err := s.openCA(step, counters); err != nil {
 		return err
 	}
-	join, err := s.openAuthn(ctx)
+	if ctx.Err() != nil {
+		return errStopped
+	}
+	join, err := s.openAuthn(step)
 	if err != nil {
 		return err
 	}
+	if ctx.Err() != nil {
+		return errStopped
+	}
 	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Handshake: s.config.CSR.HandshakeTimeout.Std(), Logger: s.log, Metrics: counters})
-	return s.open(ctx, counters, registry, join)
+	return s.open(step, counters, registry, join)
 }
 
 // openCA opens the ledger, the root and the key store, and the CA over them.
