@@ -81,8 +81,8 @@ type server struct {
 var errStopped = errors.New("stopped before the CA had started")
 
 // startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails, or
-// when ctx ends: then the error is errStopped.
-// What ends by itself, such as a full disk, fails no start: every door opens, and readiness says what is wrong.
+// when ctx ends: then the error is errStopped. What ends by itself, such as a full disk, fails no start: every door opens, and readiness says what is
+// wrong.
 func startServer(ctx context.Context, c *config.Config, log *slog.Logger, level *slog.LevelVar, began time.Time) (*server, error) {
 	s := &server{config: c, log: log, level: level, started: began, failures: make(chan error, 1)}
 	switch err := s.start(ctx); {
