@@ -31,6 +31,7 @@ type batch struct {
 	revoked     []Serial // added
 	forgotten   [][]byte // revocations that were dropped
 	superseded  []superseded
+	leap        bool // the next bundle may leap: it is a restore's
 }
 
 // superseded is a redemption of a spent token, for the log.
@@ -438,7 +439,7 @@ func (b *batch) bundle(event *Bundle) error {
 	switch {
 	case event.TrustDomain != b.l.o.TrustDomain:
 		return fmt.Errorf("the trust bundle is of the trust domain %q; this ledger is for %q", event.TrustDomain, b.l.o.TrustDomain)
-	case event.Sequence != current+1:
+	case event.Sequence != current+1 && !(b.leap && event.Sequence > current):
 		return fmt.Errorf("trust bundle %d does not follow on %d: %w", event.Sequence, current, ErrConflict)
 	case event.Floor < floor:
 		return fmt.Errorf("trust bundle %d would let the floor fall from %d to %d: %w", event.Sequence, floor, event.Floor, ErrConflict)

@@ -67,11 +67,17 @@ type replay struct {
 	done     bool
 
 	started bool
-	first   uint64 // of the log
+	first   uint64 // of the file
+	anchor  Hash   // before it
 	next    uint64 // to be read
 	hash    Hash   // of the commits so far
 	time    Time   // of the last event
 	horizon Time   // rows that ended until then may have been dropped
+
+	log         LogID  // of the events that are being read; zero before the first
+	incarnation Hash   // of the store then; zero when that is not known, as in the first log of the file
+	restored    Event  // the latest restore; its number is 0 when there was none
+	sequence    uint64 // of the latest trust bundle; 0: none was read
 
 	holdings           map[holdingKey]holdingRow
 	authorities        map[Hash]*authorityReplay
@@ -102,10 +108,7 @@ func (r *replay) step(tx *bolt.Tx) error {
 		meta := tx.Bucket(bucketMeta)
 		r.started, r.first, r.next = true, head.First, head.First
 		r.hash, r.horizon = Hash(meta.Get(keyAnchor)[8:]), Time(toNumber(meta.Get(keyHorizon)))
-		if genesis := genesisHash(head.Incarnation, head.Log); head.First == 1 && r.hash != genesis {
-			r.problem("the log does not begin with the hash of its incarnation")
-			r.hash = genesis
-		}
+		r.anchor = r.hash
 		r.report.FirstNumber, r.report.LastNumber = head.First, head.First-1
 		if key, _ := tx.Bucket(bucketEvents).Cursor().First(); key != nil && toNumber(key) < head.First {
 			r.problem("event %d lies before the first of the log, %d", toNumber(key), head.First)
@@ -143,7 +146,7 @@ func (r *replay) step(tx *bolt.Tx) error {
 				continue
 			}
 			raws = append(raws, raw)
-			r.event(tx, head, n, raw)
+			r.event(tx, n, raw)
 			eventKey, raw = events.Next()
 		}
 		if got := commitHash(r.hash, raws); got != hash {
@@ -160,6 +163,10 @@ func (r *replay) step(tx *bolt.Tx) error {
 		return nil
 	}
 	r.done = true
+	if r.log == (LogID{}) { // no event is left
+		r.log = head.Log
+	}
+	r.endLog(head.Log, head.Incarnation, "the head")
 	if r.next != head.Number+1 {
 		r.problem("the commits end with event %d, and the head says %d", r.next-1, head.Number)
 	}
@@ -173,13 +180,18 @@ func (r *replay) step(tx *bolt.Tx) error {
 }
 
 // event checks one event and applies it.
-func (r *replay) event(tx *bolt.Tx, head Head, n uint64, raw []byte) {
+func (r *replay) event(tx *bolt.Tx, n uint64, raw []byte) {
 	e, err := DecodeEvent(raw)
 	if err != nil {
 		r.problem("event %d cannot be read: %v", n, err)
 		return
 	}
-	if e.Number != n || e.Log != head.Log {
+	if body, ok := e.Body.(*Restore); ok && n == r.next { // anywhere else it begins no log
+		r.restore(e, body)
+	} else if r.log == (LogID{}) {
+		r.log = e.Log
+	}
+	if e.Number != n || e.Log != r.log {
 		r.problem("event %d says that it is event %d of log %s", n, e.Number, e.Log)
 	}
 	if e.Time < r.time {
@@ -199,6 +211,36 @@ func (r *replay) event(tx *bolt.Tx, head Head, n uint64, raw []byte) {
 		r.tokens[body.ID] = &tokenRow{Token: *body}
 	case *Revoke:
 		r.revoked[string(body.Serial)] = body.NotAfter
+	}
+}
+
+// restore lets a new log begin: it must go on from where the one before ended.
+func (r *replay) restore(e Event, body *Restore) {
+	if r.log == (LogID{}) { // the log before was pruned
+		r.log = body.Log
+	}
+	about := fmt.Sprintf("the restore of event %d", e.Number)
+	r.endLog(body.Log, body.Incarnation, about)
+	if body.Number != e.Number-1 || body.Hash != r.hash {
+		r.problem("%s goes on from event %d with the hash %s, and before it is event %d with %s", about, body.Number, body.Hash, e.Number-1, r.hash)
+	}
+	r.log, r.incarnation, r.restored = e.Log, body.Next, e
+	for _, a := range r.authorities {
+		a.row.cut(e.Time)
+	}
+	clear(r.tokens)
+}
+
+// endLog compares the log that ends with what is said of it, and the beginning of the file with its incarnation if it began there.
+func (r *replay) endLog(log LogID, incarnation Hash, says string) {
+	if r.log != log {
+		r.problem("the events up to %d are of log %s, and %s says %s", r.next-1, r.log, says, log)
+	}
+	if !r.incarnation.IsZero() && r.incarnation != incarnation {
+		r.problem("the events up to %d are of the incarnation %s, and %s says %s", r.next-1, r.incarnation, says, incarnation)
+	}
+	if r.restored.Number == 0 && r.first == 1 && r.anchor != genesisHash(incarnation, log) {
+		r.problem("the log does not begin with the hash of its incarnation")
 	}
 }
 
@@ -275,6 +317,11 @@ func (r *replay) authority(n uint64, at Time, event *Authority) {
 }
 
 func (r *replay) bundle(tx *bolt.Tx, n uint64, at Time, event *Bundle) {
+	leap := r.restored.Number == n-1
+	if r.sequence != 0 && event.Sequence != r.sequence+1 && !(leap && event.Sequence > r.sequence) {
+		r.problem("trust bundle %d of event %d does not follow on %d", event.Sequence, n, r.sequence)
+	}
+	r.sequence = event.Sequence
 	r.bundles[event.Sequence] = true
 	want, err := encoding.Marshal(bundleRow{Bundle: *event, Time: at, Number: n})
 	if err != nil || !bytes.Equal(want, r.l.table(tx, bucketBundles).Get(number(event.Sequence))) {
@@ -379,6 +426,9 @@ func (r *replay) compareAuthority(key, value []byte) error {
 		}
 	case a.row.State != row.State || (a.row.Tainted && !row.Tainted):
 		r.problem("authority %s is %s in the table, and %s after its events", id, row.State, a.row.State)
+	}
+	if c := row.Founded.Coverage; row.Number < r.restored.Number && row.State != StateRemoved && c.Knows(r.restored.Time-1) {
+		r.problem("authority %s is covered %s since %s in the table, and not before the restore of event %d", id, c.Kind, c.Since, r.restored.Number)
 	}
 	return nil
 }
