@@ -126,14 +126,23 @@ func (g *GuardedClock) Behind() error {
 		wall.UTC().Format(time.RFC3339), guarded.UTC().Format(time.RFC3339))
 }
 
-// Save keeps the clock for the next run.
-func (g *GuardedClock) Save() error {
+// State is the content of the file that the next run goes on from.
+func (g *GuardedClock) State() ([]byte, error) {
 	g.mu.Lock()
 	state := guardedState{Boot: g.clock.Boot, Guarded: g.now(), Elapsed: g.elapsed}
 	g.mu.Unlock()
 	raw, err := json.Marshal(state)
 	if err != nil {
-		return fmt.Errorf("keeping the guarded clock: %w", err)
+		return nil, fmt.Errorf("keeping the guarded clock: %w", err)
+	}
+	return raw, nil
+}
+
+// Save keeps the clock for the next run.
+func (g *GuardedClock) Save() error {
+	raw, err := g.State()
+	if err != nil {
+		return err
 	}
 	if err := atomicfile.Write(g.path, raw); err != nil {
 		return fmt.Errorf("keeping the guarded clock: %w", err)
