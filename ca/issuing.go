@@ -38,8 +38,10 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 		}
 		now = c.trust.Load()
 	}
-	// An active one whose life has not begun was made while the clock was ahead.
-	if t := c.now(); now.active != nil && now.active.key != nil && t.Before(now.active.halfLife()) && !t.Before(now.active.cert.NotBefore) {
+	// An active one whose life has not begun was made while the clock was ahead. One that is not covered from its first day on came with a
+	// restore: the CA that was lost may still sign with its key.
+	if t := c.now(); now.active != nil && now.active.key != nil && now.active.record.Coverage.Complete() &&
+		t.Before(now.active.halfLife()) && !t.Before(now.active.cert.NotBefore) {
 		return nil
 	}
 	next, ref, err := c.makeIssuing(ctx, now)
@@ -212,7 +214,8 @@ func (c *CA) Note(about string, err error) {
 	}
 }
 
-// removeRetired lets go of issuing CAs under which no SVID is left. The clock is the guarded one (I8).
+// removeRetired lets go of issuing CAs under which no SVID is left. Of one whose coverage is not complete that is certain only after its own end,
+// which nothing under it outlives (I3). The clock is the guarded one (I8).
 func (c *CA) removeRetired(ctx context.Context) (err error) {
 	if err := c.lock(ctx); err != nil {
 		return err
@@ -232,7 +235,11 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 	for _, a := range c.trust.Load().issuing {
 		// One that was prepared and never became active was left by a crash.
 		leftover := a.record.State == ledger.StatePrepared && now.Sub(a.cert.NotBefore) > c.issuingLifetime/2
-		if a.record.State != ledger.StateRetired && !leftover || now.Before(last[a.hash].Add(removalMargin)) {
+		end := last[a.hash]
+		if !a.record.Coverage.Complete() {
+			end = a.notAfter
+		}
+		if a.record.State != ledger.StateRetired && !leftover || now.Before(end.Add(removalMargin)) {
 			continue
 		}
 		_, appendErr := c.ledger.Append(ctx, &ledger.Authority{ID: a.record.ID, TrustDomain: c.td.Name(), From: a.record.State, To: ledger.StateRemoved,

@@ -12,6 +12,9 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
+// MarkFile is where a high-water mark stands in a data folder.
+const MarkFile = "high-water.json"
+
 // Mark is a high-water mark: up to where a log was durable at some time. It is kept outside the ledger's file, so that an older copy of that file,
 // put in its place, is noticed.
 type Mark struct {
@@ -80,8 +83,8 @@ func (m Mark) check(tx *bolt.Tx) error {
 			ErrPutBack, m.Number, m.Log, m.Time, head.Log, head.Number, head.Time)
 	}
 	if m.Number > head.Number {
-		return fmt.Errorf("%w: the high-water mark says that event %d was recorded in log %s, at %s; the ledger ends with event %d, at %s, so the events %d to %d are lost",
-			ErrPutBack, m.Number, m.Log, m.Time, head.Number, head.Time, head.Number+1, m.Number)
+		return fmt.Errorf("%w: the high-water mark says that event %d was recorded in log %s, at %s; the ledger ends with event %d, at %s, so that %d are lost",
+			ErrPutBack, m.Number, m.Log, m.Time, head.Number, head.Time, m.Number-head.Number)
 	}
 	if m.Number+1 < head.First {
 		return nil // pruned since

@@ -50,7 +50,7 @@ func TestALedgerThatDoesNotGoOnFromItsMarkIsNoticed(t *testing.T) {
 		{"grown since", h, second, ""},
 		{"grown since its first day", h, first, ""},
 		{"grown since there was nothing", h, genesis, ""},
-		{"an older copy", old, third, "the ledger ends with event 5, at 2026-09-01T12:00:00Z, so the events 6 to 6 are lost"},
+		{"an older copy", old, third, "the ledger ends with event 5, at 2026-09-01T12:00:00Z, so that 1 are lost"},
 		{"one that went on otherwise", otherwise, third, "does not go through that hash"},
 		{"another one", stranger, third, "is of event 6 of log " + h.Head().Log.String() + ", at"},
 		{"a mark within a commit", h, within, "does not go through that hash"},

@@ -21,8 +21,9 @@ const snapshotReserve = 64 << 20 // octets
 // Snapshot is a copy of the ledger's file as it was at one moment. It is a file without a name, on the ledger's own disk, and is gone with Close.
 type Snapshot struct {
 	Head   Head
-	Size   int64 // octets
-	SHA256 Hash  // of the whole copy
+	Size   int64  // octets
+	SHA256 Hash   // of the whole copy
+	Format []byte // format.json of the data folder
 	file   *os.File
 }
 
@@ -55,6 +56,9 @@ func (l *Ledger) snapshot(ctx context.Context) (*Snapshot, error) {
 		return nil, err
 	}
 	s := &Snapshot{file: file}
+	if s.Format, err = os.ReadFile(filepath.Join(l.dir, formatFile)); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
 	w := &snapshotWriter{l: l, ctx: ctx, file: file, sum: sha256.New()}
 	err = l.view(func(tx *bolt.Tx) (err error) {
 		if err := l.roomForSnapshot(tx.Size()); err != nil {
