@@ -127,8 +127,8 @@ func (l *Ledger) create() error {
 	case formatErr != nil && !errors.Is(formatErr, fs.ErrNotExist):
 		return fmt.Errorf("opening the ledger: %w", formatErr)
 	case err != nil && formatErr == nil:
-		return fmt.Errorf("the data folder %s was in use, and its ledger is gone: %w; restore %s from a backup, or begin with an empty folder",
-			l.dir, err, storeFile)
+		return fmt.Errorf("the data folder %s was in use, and its ledger is gone: %w; make a new folder from a backup with 'kedge restore', or begin with an empty one",
+			l.dir, err)
 	case err != nil:
 		if err := createStore(l.path, l.o.TrustDomain); err != nil {
 			return fmt.Errorf("making the ledger %s: %w", l.path, err)
@@ -140,7 +140,7 @@ func (l *Ledger) create() error {
 // damage tells what to do about a file that cannot be opened.
 func damage(path string, err error) error {
 	if isDamaged(err) {
-		return fmt.Errorf("the ledger %s is damaged: %w; it is not repaired by itself: stop here, keep the file, and restore the data folder from a backup",
+		return fmt.Errorf("the ledger %s is damaged: %w; it is not repaired by itself: stop here, keep the file, and make a new data folder from a backup with 'kedge restore'",
 			path, err)
 	}
 	return fmt.Errorf("opening the ledger %s: %w", path, err)

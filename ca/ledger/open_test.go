@@ -221,7 +221,7 @@ func TestALostLedgerIsNotReplacedByAnEmptyOne(t *testing.T) {
 	if err := os.Remove(filepath.Join(h.dir, storeFile)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(h.dir, h.o); err == nil || !strings.Contains(err.Error(), "restore ledger.db from a backup") {
+	if _, err := Open(h.dir, h.o); err == nil || !strings.Contains(err.Error(), "from a backup with 'kedge restore'") {
 		t.Errorf("Open: %v", err)
 	}
 }

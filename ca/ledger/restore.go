@@ -87,13 +87,13 @@ func (b *batch) cutCoverage() error {
 	return nil
 }
 
-// cut lets the coverage begin at a restore, and says whether that changes anything. What is removed is known to have nothing under it; of what
-// is foreign nothing was known before either.
+// cut lets the coverage begin after the second of a restore, in which somebody else may have signed before it, and says whether that changes anything.
+// What is removed is known to have nothing under it; of what is foreign nothing was known before either.
 func (r *authorityRow) cut(at Time) bool {
 	if r.State == StateRemoved || r.Founded.Coverage.Kind == "foreign" {
 		return false
 	}
-	r.Founded.Coverage = Coverage{Kind: "since", Since: at}
+	r.Founded.Coverage = Coverage{Kind: "since", Since: at + 1}
 	return true
 }
 

@@ -85,7 +85,7 @@ func TestARestoreBeginsANewLogAndNumbersGoOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, a := range records {
-		want := Coverage{Kind: "since", Since: e.Time}
+		want := Coverage{Kind: "since", Since: e.Time + 1}
 		switch a.ID {
 		case foreign.ID:
 			want = Coverage{Kind: "foreign"}

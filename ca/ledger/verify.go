@@ -427,7 +427,7 @@ func (r *replay) compareAuthority(key, value []byte) error {
 	case a.row.State != row.State || (a.row.Tainted && !row.Tainted):
 		r.problem("authority %s is %s in the table, and %s after its events", id, row.State, a.row.State)
 	}
-	if c := row.Founded.Coverage; row.Number < r.restored.Number && row.State != StateRemoved && c.Knows(r.restored.Time-1) {
+	if c := row.Founded.Coverage; row.Number < r.restored.Number && row.State != StateRemoved && c.Knows(r.restored.Time) {
 		r.problem("authority %s is covered %s since %s in the table, and not before the restore of event %d", id, c.Kind, c.Since, r.restored.Number)
 	}
 	return nil
