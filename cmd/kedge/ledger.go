@@ -28,7 +28,7 @@ type filterFlags struct {
 }
 
 func (f *filterFlags) add(c *cobra.Command) {
-	c.Flags().StringSliceVar(&f.types, "type", nil, "only these types: issue, confirm, authority, bundle, token, revoke, waiver")
+	c.Flags().StringSliceVar(&f.types, "type", nil, "only these types: issue, confirm, authority, bundle, token, revoke, waiver, restore")
 	c.Flags().StringVar(&f.id, "spiffe-id", "", "only this SPIFFE ID; a path such as ns/default/sa/web will do")
 	c.Flags().StringVar(&f.serial, "serial", "", "only the certificate with this serial number, in hex")
 	c.Flags().StringVar(&f.issuer, "issuer", "", "only what this authority signed: its id, or the beginning of it")
@@ -173,6 +173,8 @@ func describe(e admin.Event) string {
 		return fmt.Sprintf("serial %s  by %s  (%s)", e.Revoke.Serial, e.Revoke.By, e.Revoke.Reason)
 	case e.Waiver != nil:
 		return fmt.Sprintf("%s: %s → %s  by %s", e.Waiver.Gate, e.Waiver.From, e.Waiver.To, e.Waiver.By)
+	case e.Restore != nil:
+		return fmt.Sprintf("log %s begins, after number %d of log %s, as of %s  by %s", e.Log, e.Restore.Number, e.Restore.Log, e.Restore.Taken, e.Restore.By)
 	}
 	return "(of a later version: see --json)"
 }

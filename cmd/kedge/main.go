@@ -82,7 +82,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no CA is 
 	root.PersistentFlags().StringVar(&t.config, "config", "", "configuration file; without it the defaults hold")
 	root.PersistentFlags().StringVar(&t.data, "data", "", "data folder, instead of the configuration's dataDir")
 	root.AddCommand(newServeCommand(t), newTokenCommand(t), newSVIDCommand(t), newAuthorityCommand(t), newBundleCommand(t), newLedgerCommand(t),
-		newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
+		newBackupCommand(t), newRestoreCommand(t), newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
 	strictArgs(root)
 	return root
 }

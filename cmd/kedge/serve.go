@@ -93,13 +93,6 @@ func newLogger(w io.Writer, c config.Log, level *slog.LevelVar) (*slog.Logger, e
 // greet tells a person what there is now, and what to do next.
 func (s *server) greet(w io.Writer, t *target) {
 	status := s.status()
-	flags := ""
-	if t.config != "" {
-		flags += " --config " + t.config
-	}
-	if t.data != "" {
-		flags += " --data " + t.data
-	}
 	state := fmt.Sprintf("ready after %d ms", time.Since(s.started).Milliseconds())
 	if !status.Ready {
 		state = "but it is not ready yet, and goes on trying by itself"
@@ -119,9 +112,9 @@ func (s *server) greet(w io.Writer, t *target) {
 	}
 	next := "point an istio-agent's CA_ADDR here, with CA_ROOT_CA=" + status.RootFile
 	if identities := s.config.Callers.JoinTokens.Identities; !status.Ready {
-		next = "kedge doctor" + flags
+		next = "kedge doctor" + t.flags()
 	} else if len(identities) > 0 {
-		next = fmt.Sprintf("kedge token create%s --identity %s", flags, example(identities[0]))
+		next = fmt.Sprintf("kedge token create%s --identity %s", t.flags(), example(identities[0]))
 	}
 	fmt.Fprintf(w, "\nNext: %s\n", next)
 }

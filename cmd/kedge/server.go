@@ -60,6 +60,7 @@ type server struct {
 
 	dataDir string // absolute
 	ca      *ca.CA
+	mark    *highWater
 	authn   *authn.Authenticator
 	serving *serving.Certificate
 	ready   *ops.Readiness
@@ -145,6 +146,10 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 		return err
 	}
 	s.closers = append(s.closers, book.Close)
+	if s.mark, err = openHighWater(c.HighWaterFile(), s.dataDir, book, s.log); err != nil {
+		return err
+	}
+	s.closers = append(s.closers, func() error { s.mark.save(); return nil })
 	root, err := file.OpenRoot(file.RootOptions{Dir: c.Root.File.Dir, TrustDomain: td.Name(), KeySpec: ca.KeySpec(c.Root.File.KeyType),
 		Lifetime: c.Root.File.Lifetime.Std(), PassphraseFile: c.Root.File.PassphraseFile, Logger: s.log})
 	if err != nil {
@@ -224,6 +229,7 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.cancel = cancel
 	s.run("authorities", func() error { return s.ca.Run(background) })
+	s.run("high-water mark", func() error { return s.mark.run(background) })
 	s.run("token issuers", func() error { return s.authn.Run(background) })
 	s.run("serving certificate", func() error { return s.serving.Run(background) })
 	s.run("root certificate file", func() error { return s.keepRoots(background) })
@@ -231,7 +237,7 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	s.run("CSR API", func() error { return s.grpc.Serve(s.gate.Listener(csr)) })
 	monitors := gate.New(gate.Options{Connections: maxMonitors, Logger: s.log})
 	s.serveHTTP("health and metrics", ops.NewServer(s.ready, s.problems, registry), monitors.Listener(operations))
-	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status}
+	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status, Version: version}
 	s.serveHTTP("admin socket", desk.HTTP(), socket)
 	return nil
 }
@@ -393,6 +399,9 @@ func (s *server) keepHealth(ctx context.Context) error {
 // problems lists what is wrong though the CA goes on.
 func (s *server) problems() []error {
 	all := s.ca.Problems()
+	if err := s.mark.problem(); err != nil {
+		all = append(all, err)
+	}
 	for _, problem := range s.authn.Problems() {
 		all = append(all, errors.New(problem))
 	}

@@ -56,6 +56,7 @@ type Event struct {
 	Token     *ledger.Token     `json:"token,omitempty"`
 	Revoke    *ledger.Revoke    `json:"revoke,omitempty"`
 	Waiver    *ledger.Waiver    `json:"waiver,omitempty"`
+	Restore   *ledger.Restore   `json:"restore,omitempty"`
 }
 
 // TokenRequest asks for a join token.

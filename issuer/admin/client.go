@@ -141,6 +141,15 @@ func (c *Client) Taint(ctx context.Context, r TaintRequest) error {
 	return c.call(ctx, http.MethodPost, "/v1/authorities/taint", r, &struct{}{})
 }
 
+// Backup asks for a backup, and gives it as it comes. It is whole only when backup.Read says so.
+func (c *Client) Backup(ctx context.Context) (io.ReadCloser, error) {
+	response, err := c.send(ctx, http.MethodPost, "/v1/backup", nil)
+	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
+}
+
 // SetLogLevel changes what the CA logs: debug, info, warn or error.
 func (c *Client) SetLogLevel(ctx context.Context, level string) error {
 	return c.call(ctx, http.MethodPut, "/v1/log-level", map[string]string{"level": level}, &struct{}{})

@@ -222,4 +222,8 @@ type Ledger struct {
 	// Folder for archives. When given, no record is dropped before it is in an archive file there; when the folder is full or away, the
 	// ledger grows instead. "": records are dropped without an archive.
 	ArchiveDir string `yaml:"archiveDir" kind:"path"`
+	// File that says up to which event the ledger was durable, written about once a second. At start it shows whether ledger.db is an older copy of
+	// itself, which is not served. "": high-water.json in dataDir. On another disk it also shows that all of dataDir was put back. Every CA has
+	// a file of its own.
+	HighWaterFile string `yaml:"highWaterFile" kind:"path"`
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"kedge/ca"
+	"kedge/ca/ledger"
 )
 
 // Default is what holds without a file. Its paths are relative to the working folder.
@@ -48,6 +49,14 @@ func (c *Config) fillRootDir() {
 	if c.Root.File.Dir == "" {
 		c.Root.File.Dir = filepath.Join(c.DataDir, "root")
 	}
+}
+
+// HighWaterFile is where the high-water mark stands.
+func (c *Config) HighWaterFile() string {
+	if c.Ledger.HighWaterFile != "" {
+		return c.Ledger.HighWaterFile
+	}
+	return filepath.Join(c.DataDir, ledger.MarkFile)
 }
 
 // MoveData puts the data folder elsewhere, and the root's folder with it when that has its default place.
