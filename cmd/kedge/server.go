@@ -129,7 +129,8 @@ func (s *server) start(ctx context.Context) (err error) {
 	if ctx.Err() != nil {
 		return errStopped
 	}
-	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Handshake: s.config.CSR.HandshakeTimeout.Std(), Logger: s.log, Metrics: counters})
+	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Patience: s.config.CSR.SlowClientTimeout.Std(), Work: istio.IsCSR,
+		Logger: s.log, Metrics: counters})
 	return s.open(step, counters, registry, join)
 }
 

@@ -11,9 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/peer"
 )
 
 // conn is a connection that was admitted.
@@ -25,7 +23,7 @@ type conn struct {
 	once sync.Once
 
 	// Of the gate's lock.
-	calls         int // what goes on over it
+	calls         int // that make it busy
 	closed        bool
 	inAll, inPeer *list.Element // while it is idle
 
@@ -155,8 +153,7 @@ func (h handshakes) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 }
 
 func (h handshakes) shake(c *conn) (net.Conn, credentials.AuthInfo, error) {
-	h.gate.begin(c)
-	c.patience = h.gate.handshake
+	c.patience = h.gate.patience
 	buffer := make([]byte, hello)
 	n, err := c.wait(buffer)
 	if err != nil {
@@ -177,35 +174,7 @@ func (h handshakes) shake(c *conn) (net.Conn, credentials.AuthInfo, error) {
 	if !ok {
 		return nil, nil, errors.Join(fmt.Errorf("the credentials gave %T instead of TLS's", info), secured.Close())
 	}
-	h.gate.end(c)
+	h.gate.ready(c)
 	// The first words of HTTP/2 are still a part of what a client may be waited for; gRPC takes the limit off once they have come.
-	return secured, Info{tls, c}, c.SetReadDeadline(time.Now().Add(h.gate.handshake))
-}
-
-// connOf is the connection that a call came over, if it came through a gate.
-func connOf(ctx context.Context) *conn {
-	if p, ok := peer.FromContext(ctx); ok {
-		if info, ok := p.AuthInfo.(Info); ok {
-			return info.conn
-		}
-	}
-	return nil
-}
-
-// UnaryInterceptor notes which connections are not idle.
-func (g *Gate) UnaryInterceptor(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-	if c := connOf(ctx); c != nil {
-		g.begin(c)
-		defer g.end(c)
-	}
-	return handle(ctx, request)
-}
-
-// StreamInterceptor notes which connections are not idle.
-func (g *Gate) StreamInterceptor(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
-	if c := connOf(stream.Context()); c != nil {
-		g.begin(c)
-		defer g.end(c)
-	}
-	return handle(server, stream)
+	return secured, Info{tls, c}, c.SetReadDeadline(time.Now().Add(h.gate.patience))
 }

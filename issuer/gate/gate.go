@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"runtime"
@@ -16,18 +17,20 @@ import (
 
 // Options are the limits. Zero means the default.
 type Options struct {
-	Connections int           // at once; default DescriptorsAllow
-	Handshake   time.Duration // how long a peer may keep a handshake waiting, in all, and how long it may take to its first octet; default 10 s
-	Calls       int           // that are worked on at once; default 512: as many as fill a commit of the ledger
-	Waiting     int           // calls that wait; default 200,000
-	Logger      *slog.Logger  // default: nothing is logged
-	Metrics     Metrics       // default: nothing is counted
+	Connections int                      // at once; default, and at most, DescriptorsAllow
+	Patience    time.Duration            // how long a client is waited for: for a handshake, in all, and for a request, from its header on; default 10 s
+	Calls       int                      // that are worked on at once; default 512: as many as fill a commit of the ledger
+	Waiting     int                      // calls that wait; default 200,000
+	Work        func(method string) bool // which calls make their connection busy, and are counted when gRPC refuses them; default all
+	Logger      *slog.Logger             // default: nothing is logged
+	Metrics     Metrics                  // default: nothing is counted
 }
 
 // Metrics is what counts the refusals.
 type Metrics interface {
-	Refused(reason string) // a connection or a call
-	Handshake(err error)   // one that failed
+	Refused(reason string)  // a connection or a call
+	Handshake(err error)    // one that ended
+	Unread(d time.Duration) // a call that gRPC refused by itself
 }
 
 // The reasons of refusals, as they are counted.
@@ -35,6 +38,7 @@ const (
 	RefusedConnection = "connection"  // its peer has more than its share
 	RefusedCall       = "call"        // too many wait
 	ClosedIdle        = "idle-closed" // a connection that was idle made room for a new one
+	ClosedSlow        = "slow-closed" // a connection whose client did not send the rest of a request
 )
 
 const (
@@ -44,12 +48,15 @@ const (
 	maxHandshake = 64 << 10
 	// handshakeWait is how long a handshake may wait for its turn. gRPC clients give up after 20 s and dial again.
 	handshakeWait = 30 * time.Second
+	// mostArriving is how many requests may be half sent, so that a flood of them takes a bounded part of the memory.
+	mostArriving = 2048
 )
 
 // Gate is a port's. Its methods may be called at once from several goroutines.
 type Gate struct {
 	connections int
-	handshake   time.Duration
+	patience    time.Duration
+	work        func(method string) bool
 	log         *slog.Logger
 	metrics     Metrics
 	sparing     sparing
@@ -57,12 +64,13 @@ type Gate struct {
 	handshakes *turns
 	calls      *turns
 
-	mu     sync.Mutex
-	open   int
-	peers  map[netip.Prefix]*peerConns
-	idle   *list.List    // of *conn, the one that is idle longest first
-	room   chan struct{} // holds one element after a connection ended or became idle
-	closed chan struct{} // once the listener is
+	mu       sync.Mutex
+	open     int
+	peers    map[netip.Prefix]*peerConns
+	idle     *list.List    // of *conn, the one that is idle longest first
+	arriving *list.List    // of *call, the one that began first first
+	room     chan struct{} // holds one element after a connection ended or became idle
+	closed   chan struct{} // once the listener is
 }
 
 // peerConns is what one peer has open.
@@ -73,8 +81,11 @@ type peerConns struct {
 
 // New makes a gate.
 func New(o Options) *Gate {
-	o.Connections = cmp.Or(o.Connections, DescriptorsAllow())
-	o.Handshake = cmp.Or(o.Handshake, 10*time.Second)
+	o.Connections = min(cmp.Or(o.Connections, math.MaxInt), DescriptorsAllow())
+	o.Patience = cmp.Or(o.Patience, 10*time.Second)
+	if o.Work == nil {
+		o.Work = func(string) bool { return true }
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -82,18 +93,19 @@ func New(o Options) *Gate {
 		o.Metrics = noMetrics{}
 	}
 	return &Gate{
-		connections: o.Connections, handshake: o.Handshake, log: o.Logger, metrics: o.Metrics,
+		connections: o.Connections, patience: o.Patience, work: o.Work, log: o.Logger, metrics: o.Metrics,
 		// More at once would only make each of them slower, and calls with them.
 		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections),
 		calls:      newTurns(cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
-		peers:      map[netip.Prefix]*peerConns{}, idle: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
+		peers:      map[netip.Prefix]*peerConns{}, idle: list.New(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 }
 
 type noMetrics struct{}
 
-func (noMetrics) Refused(string)  {}
-func (noMetrics) Handshake(error) {}
+func (noMetrics) Refused(string)       {}
+func (noMetrics) Handshake(error)      {}
+func (noMetrics) Unread(time.Duration) {}
 
 // Enter waits until a call may be worked on, no longer than ctx, and returns what ends it. address is the caller's. An error says why it was in vain.
 func (g *Gate) Enter(ctx context.Context, address net.Addr) (leave func(), err error) {
@@ -108,19 +120,31 @@ func (g *Gate) Enter(ctx context.Context, address net.Addr) (leave func(), err e
 	return g.calls.give, nil
 }
 
-// Drain sends away the calls that wait: the CA is about to stop, and another replica may have time for them. Calls that have their turn go on. It is called once.
-func (g *Gate) Drain() { g.calls.end() }
+// Drain sends away the calls that wait, and hangs up on clients whose requests are half sent: the CA is about to stop, and another replica may have time
+// for them. Calls that have their turn go on. It is called once.
+func (g *Gate) Drain() {
+	g.calls.end()
+	g.mu.Lock()
+	var half []*conn
+	for e := g.arriving.Front(); e != nil; e = e.Next() {
+		half = append(half, e.Value.(*call).conn)
+	}
+	g.mu.Unlock()
+	for _, c := range half {
+		_ = c.Close() // it may have ended meanwhile
+	}
+}
 
 // Counts says how many there are at this moment.
 type Counts struct {
-	Connections, Idle, WaitingHandshakes, WaitingCalls int
+	Connections, Idle, Arriving, WaitingHandshakes, WaitingCalls int
 }
 
 // Counts counts.
 func (g *Gate) Counts() Counts {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return Counts{Connections: g.open, Idle: g.idle.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
+	return Counts{Connections: g.open, Idle: g.idle.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
 }
 
 // Tell logs that a caller was refused before any door saw its call. Everybody who reaches the port can cause such lines, so they are few: see sparing.

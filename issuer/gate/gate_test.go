@@ -21,9 +21,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 )
 
 // port is a gRPC server behind a gate, on loopback. Its only service is health.
@@ -83,6 +85,8 @@ func (p *port) Handshake(err error) {
 	}
 }
 
+func (p *port) Unread(time.Duration) { p.Refused("unread") }
+
 func (p *port) count(reason string) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -110,7 +114,7 @@ func newPort(t *testing.T, o Options) *port {
 	p.gate = New(o)
 	server := grpc.NewServer(grpc.Creds(p.gate.Credentials(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12, ClientAuth: tls.RequestClientCert,
 		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}))),
-		grpc.ChainUnaryInterceptor(p.gate.UnaryInterceptor), grpc.ChainStreamInterceptor(p.gate.StreamInterceptor))
+		grpc.StatsHandler(p.gate.Stats()), grpc.ChainUnaryInterceptor(p.gate.UnaryInterceptor), grpc.ChainStreamInterceptor(p.gate.StreamInterceptor))
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -211,7 +215,7 @@ func TestSlowClientsKeepNobodyWaiting(t *testing.T) {
 // Whoever is too slow is disconnected, and the log says so.
 func TestAHandshakeThatTakesTooLongIsEnded(t *testing.T) {
 	t.Parallel()
-	p, hello := newPort(t, Options{Handshake: 50 * time.Millisecond}), clientHello(t)
+	p, hello := newPort(t, Options{Patience: 50 * time.Millisecond}), clientHello(t)
 	for name, said := range map[string][]byte{"nothing": nil, "half": hello[:len(hello)/2], "a hello": hello} {
 		conn := p.dial(t, "127.0.0.1")
 		if _, err := conn.Write(said); err != nil {
@@ -327,7 +331,10 @@ func TestAFloodOfConnectionsMeetsOnlyItsOwnPeer(t *testing.T) {
 	for _, conn := range flood {
 		conn.Close()
 	}
-	p.call(t, "127.0.0.2") // once it has ended, it is one like the others
+	for p.gate.Counts().Connections > 20 { // the server has noticed
+		runtime.Gosched()
+	}
+	p.call(t, "127.0.0.2") // now it is one like the others
 }
 
 // When all places are taken by what is busy, a new connection waits for one that ends.
@@ -355,5 +362,70 @@ func TestANewConnectionWaitsForAPlace(t *testing.T) {
 	silent[7].Close()
 	if err := <-served; err != nil {
 		t.Error(err)
+	}
+}
+
+// begin sends the header of a call and nothing more.
+func (p *port) begin(t *testing.T, from string) (grpc.ClientStream, *grpc.ClientConn) {
+	t.Helper()
+	conn := p.client(t, from)
+	before := p.gate.Counts().Arriving
+	stream, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, grpc_health_v1.Health_Check_FullMethodName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for p.gate.Counts().Arriving == before {
+		runtime.Gosched()
+	}
+	return stream, conn
+}
+
+// A request of which only the beginning comes is not waited for without end, and what it holds is given back.
+func TestAHalfSentRequestIsEnded(t *testing.T) {
+	t.Parallel()
+	p := newPort(t, Options{Patience: 100 * time.Millisecond})
+	stream, _ := p.begin(t, "127.0.0.1")
+	if err := stream.RecvMsg(&grpc_health_v1.HealthCheckResponse{}); status.Code(err) != codes.Unavailable {
+		t.Errorf("the client is told %v", err)
+	}
+	p.log.await(t, "the client began a request and did not send the rest in time")
+	if p.count(ClosedSlow) == 0 {
+		t.Error("nothing was counted")
+	}
+}
+
+// Half-sent requests do not hold up a stop.
+func TestHalfSentRequestsAreGivenUpWhenTheCAStops(t *testing.T) {
+	t.Parallel()
+	p := newPort(t, Options{})
+	stream, _ := p.begin(t, "127.0.0.1")
+	p.gate.Drain()
+	if err := stream.RecvMsg(&grpc_health_v1.HealthCheckResponse{}); status.Code(err) != codes.Unavailable {
+		t.Errorf("the client is told %v", err)
+	}
+}
+
+// A connection over which there is no work is idle, whatever else goes on over it.
+func TestStreamsThatAreNoWorkKeepNoPlace(t *testing.T) {
+	t.Parallel()
+	p := newPort(t, Options{Connections: 32, Work: func(method string) bool { return method == grpc_health_v1.Health_Check_FullMethodName }})
+	watch, err := grpc_health_v1.NewHealthClient(p.client(t, "127.0.0.9")).Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := watch.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 64 {
+		p.call(t, fmt.Sprintf("127.0.1.%d", 1+i))
+	}
+	if _, err := watch.Recv(); status.Code(err) != codes.Unavailable {
+		t.Errorf("the stream goes on: %v", err)
+	}
+}
+
+func TestThereAreNeverMoreConnectionsThanDescriptors(t *testing.T) {
+	if got, most := New(Options{Connections: 1 << 40}).connections, DescriptorsAllow(); got != most {
+		t.Errorf("%d connections, where the descriptors allow %d", got, most)
 	}
 }

@@ -33,8 +33,9 @@ type listener struct {
 
 // Listener wraps the port's listener. It accepts up to as many connections as there may be. Beyond that a new one takes the place of the one that is
 // idle longest, or waits for one that ends. A peer that has more than its share makes room among its own, and is refused when it has no idle one.
-// It is called once.
+// It is called once, and what it returns is closed.
 func (g *Gate) Listener(l net.Listener) net.Listener {
+	go g.watch()
 	return &listener{l, g, sync.OnceValue(func() error {
 		close(g.closed)
 		return l.Close()
@@ -132,18 +133,16 @@ func (g *Gate) leave(c *conn) {
 	g.signal()
 }
 
-// begin notes that something goes on over a connection, until end.
-func (g *Gate) begin(c *conn) {
+// ready notes that a connection's handshake is done. Until its first call it is idle.
+func (g *Gate) ready(c *conn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	c.calls++
-	g.busy(c)
+	g.release(c)
 }
 
-// end notes that something has ended. A connection on which nothing goes on is idle.
-func (g *Gate) end(c *conn) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+// release notes that a call has ended. A connection without any is idle. The gate is locked.
+func (g *Gate) release(c *conn) {
 	if c.calls--; c.calls > 0 || c.closed {
 		return
 	}

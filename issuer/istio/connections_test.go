@@ -96,7 +96,7 @@ func call(t *testing.T, d *door, conn *grpc.ClientConn) {
 func TestAClientThatPingsMoreOftenThanAllowedIsSentAway(t *testing.T) {
 	strict := defaultConnections
 	strict.MinPing = 11 * time.Second
-	inBubble(t, doorOptions{connections: strict}, func(t *testing.T, d *door, w *wire) {
+	inBubble(t, doorOptions{connections: strict, patience: time.Hour}, func(t *testing.T, d *door, w *wire) {
 		conn := w.dial(t, d)
 		err := takeOff(t, d, conn).wait()
 		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), `ENHANCE_YOUR_CALM, debug data: "too_many_pings"`) {
@@ -112,7 +112,7 @@ func TestAClientThatPingsMoreOftenThanAllowedIsSentAway(t *testing.T) {
 func TestAClientThatPingsAsOftenAsAllowedStays(t *testing.T) {
 	lasting := defaultConnections
 	lasting.MaxAge = 0 // for ever
-	inBubble(t, doorOptions{connections: lasting}, func(t *testing.T, d *door, w *wire) {
+	inBubble(t, doorOptions{connections: lasting, patience: 2 * time.Hour}, func(t *testing.T, d *door, w *wire) {
 		conn := w.dial(t, d)
 		flight := takeOff(t, d, conn)
 		<-time.After(50 * time.Minute) // and three hundred pings
@@ -128,7 +128,7 @@ func TestAClientThatPingsAsOftenAsAllowedStays(t *testing.T) {
 }
 
 func TestAConnectionIsAskedToEndAfterItsMaximumAgeAndItsCallsAreAnswered(t *testing.T) {
-	inBubble(t, doorOptions{}, func(t *testing.T, d *door, w *wire) {
+	inBubble(t, doorOptions{patience: 2 * time.Hour}, func(t *testing.T, d *door, w *wire) {
 		conn := w.dial(t, d)
 		early, late := takeOff(t, d, conn), takeOff(t, d, conn)
 		<-time.After(26 * time.Minute) // gRPC spreads the age over a tenth more or less, so that clients do not come back all at once

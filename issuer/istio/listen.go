@@ -20,7 +20,7 @@ import (
 const (
 	maxMessage = 256 << 10 // octets; a CSR has at most 16 KiB, and a larger one still gets a clear answer
 	maxHeaders = 32 << 10  // octets; a token has at most 16 KiB
-	maxStreams = 256       // calls at once on one connection
+	maxStreams = 16        // calls at once on one connection: an istio-agent makes one, a ztunnel some
 	window     = 64 << 10  // octets that a client may send ahead, on a stream and on a connection: the least that HTTP/2 allows, and never more
 
 	// handshake bounds a handshake with all its waiting behind others. What a client is waited for has a limit of its own: see gate.
@@ -48,11 +48,14 @@ type Connections struct {
 func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, *health.Server) {
 	options := []grpc.ServerOption{
 		grpc.Creds(s.Gate.Credentials(credentials.NewTLS(config))),
-		grpc.StatsHandler(&early{s.Gate, s.Metrics}),
+		grpc.StatsHandler(s.Gate.Stats()),
 		grpc.ChainUnaryInterceptor(s.Gate.UnaryInterceptor),
 		grpc.ChainStreamInterceptor(s.Gate.StreamInterceptor),
 		grpc.StaticStreamWindowSize(window),
 		grpc.StaticConnWindowSize(window),
+		grpc.NumStreamWorkers(512),
+		grpc.SharedWriteBuffer(true),
+		grpc.ReadBufferSize(4 << 10),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),

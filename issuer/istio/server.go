@@ -37,9 +37,6 @@ const (
 	impersonatedIdentity = "ImpersonatedIdentity" // ztunnel asks for a workload on its node
 )
 
-// requestIDText stands before the request id in the text of every refusal.
-const requestIDText = "request id "
-
 // requestIDHeader carries the request id back, in the header of every answer.
 const requestIDHeader = "x-request-id"
 
@@ -54,6 +51,11 @@ type Server struct {
 	Gate    *gate.Gate    // at which callers take turns
 	Waiting time.Duration // how long a call may wait for its turn, which costs next to nothing
 	Timeout time.Duration // of one call once it has its turn: the agent sets none, and waits with a lock held
+}
+
+// IsCSR says whether a gRPC method is the CSR API's.
+func IsCSR(method string) bool {
+	return method == pb.IstioCertificateService_CreateCertificate_FullMethodName
 }
 
 // CreateCertificate answers a CSR. The identity is the caller's; of the CSR only the public key counts (I4).
@@ -179,20 +181,20 @@ func callerOf(ctx context.Context) (c authn.Credentials, address net.Addr) {
 func refuse(id string, err error) (result string, answer error) {
 	switch {
 	case errors.Is(err, ca.ErrCSR):
-		return metrics.ResultBadCSR, status.Errorf(grpccodes.InvalidArgument, "%s ("+requestIDText+"%s)", err, id)
+		return metrics.ResultBadCSR, status.Errorf(grpccodes.InvalidArgument, "%s (request id %s)", err, id)
 	case errors.Is(err, ca.ErrInvalid):
-		return metrics.ResultInvalid, status.Errorf(grpccodes.InvalidArgument, "%s ("+requestIDText+"%s)", err, id)
+		return metrics.ResultInvalid, status.Errorf(grpccodes.InvalidArgument, "%s (request id %s)", err, id)
 	case errors.Is(err, ca.ErrUnauthenticated):
-		return metrics.ResultUnauthenticated, status.Errorf(grpccodes.Unauthenticated, "not authenticated; the CA's log says why ("+requestIDText+"%s)", id)
+		return metrics.ResultUnauthenticated, status.Errorf(grpccodes.Unauthenticated, "not authenticated; the CA's log says why (request id %s)", id)
 	case errors.Is(err, ca.ErrDenied):
-		return metrics.ResultDenied, status.Errorf(grpccodes.PermissionDenied, "permission denied; the CA's log says why ("+requestIDText+"%s)", id)
+		return metrics.ResultDenied, status.Errorf(grpccodes.PermissionDenied, "permission denied; the CA's log says why (request id %s)", id)
 	case errors.Is(err, context.Canceled):
-		return metrics.ResultCanceled, status.Errorf(grpccodes.Canceled, "the caller went away ("+requestIDText+"%s)", id)
+		return metrics.ResultCanceled, status.Errorf(grpccodes.Canceled, "the caller went away (request id %s)", id)
 	case errors.Is(err, ca.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
 		// Istio's retry interceptor never repeats DeadlineExceeded, whatever its list says; Unavailable it does.
-		return metrics.ResultUnavailable, status.Errorf(grpccodes.Unavailable, "temporarily unavailable, try again; the CA's log says why ("+requestIDText+"%s)", id)
+		return metrics.ResultUnavailable, status.Errorf(grpccodes.Unavailable, "temporarily unavailable, try again; the CA's log says why (request id %s)", id)
 	}
-	return metrics.ResultInternal, status.Errorf(grpccodes.Internal, "internal error; the CA's log says which ("+requestIDText+"%s)", id)
+	return metrics.ResultInternal, status.Errorf(grpccodes.Internal, "internal error; the CA's log says which (request id %s)", id)
 }
 
 func (s *Server) logRefusal(ctx context.Context, id, result string, caller ca.Caller, err error) {

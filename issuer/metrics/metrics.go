@@ -55,7 +55,7 @@ func New(registry prometheus.Registerer) *Metrics {
 		issued:        vector("kedge_certificates_issued_total", "SVIDs handed out, by profile and by how the caller proved itself.", "profile", "method"),
 		clamped:       counter("kedge_ttl_clamped_total", "SVIDs that were given the profile's maximum TTL because more was asked for."),
 		waited:        histogram("kedge_csr_wait_seconds", "Time that calls of the CSR API waited for their turn.", seconds),
-		refused:       vector("kedge_refused_total", "What was refused at the gate: connection, call; idle-closed: an idle connection that made room for a new one.", "reason"),
+		refused:       vector("kedge_refused_total", "What was refused at the gate: connection, call; idle-closed: an idle connection that made room for a new one; slow-closed: one whose client did not send the rest of a request.", "reason"),
 		handshakes:    vector("kedge_handshakes_total", "TLS handshakes on the CSR API's port, by how they ended: good, failed.", "result"),
 		commitSeconds: histogram("kedge_ledger_commit_duration_seconds", "Time of one ledger commit, until it is durable.", seconds),
 		commitEvents:  histogram("kedge_ledger_commit_events", "Events in one ledger commit.", prometheus.ExponentialBuckets(1, 2, 10)),
@@ -67,7 +67,7 @@ func New(registry prometheus.Registerer) *Metrics {
 		success:       counter("citadel_server_success_cert_issuance_count", "The number of certificates issuances that have succeeded."),
 	}
 	// What can be counted is there from the start, at 0, so that a rate of it can be told.
-	for _, reason := range []string{gate.RefusedConnection, gate.RefusedCall, gate.ClosedIdle} {
+	for _, reason := range []string{gate.RefusedConnection, gate.RefusedCall, gate.ClosedIdle, gate.ClosedSlow} {
 		m.refused.WithLabelValues(reason)
 	}
 	for _, result := range []string{handshakeGood, handshakeFailed} {
@@ -119,6 +119,9 @@ func (m *Metrics) Handshake(err error) {
 	}
 	m.handshakes.WithLabelValues(result).Inc()
 }
+
+// Unread counts a call that gRPC refused by itself.
+func (m *Metrics) Unread(d time.Duration) { m.Call(ResultUnread, d) }
 
 // Refused counts what was refused at the gate.
 func (m *Metrics) Refused(reason string) { m.refused.WithLabelValues(reason).Inc() }

@@ -64,10 +64,12 @@ type CSR struct {
 	// with a new handshake, which costs several times as much as its call.
 	WaitTimeout Duration `yaml:"waitTimeout"`
 	// How many connections there may be at once. One peer (an IPv4 address, or the /64 of an IPv6 one) may have as many as are still free; beyond the
-	// limit a new one takes the place of one that is idle. 0: as many as the process may open files (RLIMIT_NOFILE), less 256 for everything else.
+	// limit a new one takes the place of one that is idle. 0: as many as the process may open files (RLIMIT_NOFILE), less 256 for everything else;
+	// there are never more.
 	MaxConnections int `yaml:"maxConnections"`
-	// How long a client may keep a TLS handshake waiting, in all.
-	HandshakeTimeout Duration `yaml:"handshakeTimeout"`
+	// How long a client may keep the server waiting for what it has begun to send: a TLS handshake, in all, and each request, from its header on. Then
+	// its connection is ended.
+	SlowClientTimeout Duration `yaml:"slowClientTimeout"`
 	// After this long a connection is ended in good order, so that clients spread over replicas. 0: never.
 	MaxConnectionAge Duration `yaml:"maxConnectionAge"`
 	// How long calls that are under way may still take on a connection that ends. At least waitTimeout and callTimeout together.

@@ -146,7 +146,7 @@ func TestBadFilesAreRefusedWithTheTextThatTheDocsPromise(t *testing.T) {
 		{"too few connections", "csr: {maxConnections: 4}", "csr.maxConnections: 4 is less than 32; 0 means as many as the process may open files"},
 		{"half a connection", "csr: {maxConnections: 40.5}", "csr.maxConnections: expected a whole number, got the number 40.5"},
 		{"negative connections", "csr: {maxConnections: -1}", "csr.maxConnections: -1 is less than 32; 0 means as many as the process may open files"},
-		{"a handshake that may last", "csr: {handshakeTimeout: 2m}", "csr.handshakeTimeout: 2m is not between 1s and 1m"},
+		{"a handshake that may last", "csr: {slowClientTimeout: 2m}", "csr.slowClientTimeout: 2m is not between 1s and 1m"},
 		{"pings", "csr: {keepaliveMinTime: 0, keepaliveTime: 1s, keepaliveTimeout: 1ms}", "csr.keepaliveTime: 1s is less than 10s" +
 			"\ncsr.keepaliveTimeout: 1ms is less than 1s: clients on slow links would be cut off\ncsr.keepaliveMinTime: 0s is less than 1s"},
 		{"connections", "csr: {maxConnectionAge: 1ms}", "csr.maxConnectionAge: 1ms is less than 1s, so that clients would do nothing but connect; 0s means never"},

@@ -19,7 +19,7 @@ func Default() *Config {
 			ServerCertificateTTL:  Duration(24 * time.Hour),
 			CallTimeout:           Duration(10 * time.Second),
 			WaitTimeout:           Duration(time.Minute),
-			HandshakeTimeout:      Duration(10 * time.Second),
+			SlowClientTimeout:     Duration(10 * time.Second),
 			MaxConnectionAge:      Duration(30 * time.Minute),
 			MaxConnectionAgeGrace: Duration(90 * time.Second),
 			KeepaliveMinTime:      Duration(5 * time.Second),

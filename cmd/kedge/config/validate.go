@@ -30,11 +30,11 @@ const (
 	maxClockSkew   = 5 * time.Minute
 	maxCallTimeout = 10 * time.Minute
 
-	minConnections      = 32
-	maxHandshakeTimeout = time.Minute
-	maxJoinToken        = 7 * day
-	minKeepalive        = 10 * time.Second // gRPC itself pings no faster
-	shortIssuing        = time.Hour
+	minConnections       = 32
+	maxSlowClientTimeout = time.Minute
+	maxJoinToken         = 7 * day
+	minKeepalive         = 10 * time.Second // gRPC itself pings no faster
+	shortIssuing         = time.Hour
 )
 
 // Validate says whether the values make sense, each by itself and together. It reads cfsslProfilesFile, and no other file that is
@@ -111,8 +111,8 @@ func (v *validation) csr(c *Config) {
 	if s.MaxConnections < 0 || s.MaxConnections > 0 && s.MaxConnections < minConnections {
 		v.refuse("csr.maxConnections", "%d is less than %d; 0 means as many as the process may open files", s.MaxConnections, minConnections)
 	}
-	if s.HandshakeTimeout.Std() < time.Second || s.HandshakeTimeout.Std() > maxHandshakeTimeout {
-		v.refuse("csr.handshakeTimeout", "%s is not between 1s and %s", s.HandshakeTimeout, Duration(maxHandshakeTimeout))
+	if s.SlowClientTimeout.Std() < time.Second || s.SlowClientTimeout.Std() > maxSlowClientTimeout {
+		v.refuse("csr.slowClientTimeout", "%s is not between 1s and %s", s.SlowClientTimeout, Duration(maxSlowClientTimeout))
 	}
 	if s.KeepaliveTime.Std() < minKeepalive {
 		v.refuse("csr.keepaliveTime", "%s is less than %s", s.KeepaliveTime, Duration(minKeepalive))
