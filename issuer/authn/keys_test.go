@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -554,6 +555,62 @@ func TestKeysThatMustNotBeUsedArePassedOverWithAWord(t *testing.T) {
 				t.Errorf("said %d times of the same JWKS", n)
 			}
 		})
+	}
+}
+
+// A fetch may take as long as the pause between fetches. Were the pause counted from its beginning, the next one would be due at once, and whoever
+// brings an unknown key id would always wait.
+func TestAfterAFetchThatFailedSlowlyNobodyWaitsForTheNext(t *testing.T) {
+	key := newSigner(t, "k1")
+	server := newKeyServer(t, key)
+	b := start(t, authn.Options{Issuers: []authn.IssuerConfig{server.config()}})
+	b.accepts(t, key.sign(t, b.claims(server.URL)))
+	<-server.asked
+	unknown := func() string { return signer{"unknown", key.alg, key.key}.sign(t, b.claims(server.URL)) }
+	release := make(chan struct{})
+	server.set(func(s *keyServer) { s.working, s.answer = release, status(http.StatusServiceUnavailable) })
+	b.clock.pass(time.Minute)
+	waiting, refused := unknown(), make(chan error, 1)
+	go func() { _, err := b.ask("Bearer " + waiting); refused <- err }()
+	<-server.asked
+	b.clock.pass(10 * time.Second) // goes by while it hangs
+	close(release)
+	refuses(t, <-refused, ca.ErrUnavailable, "503", waiting)
+	for range 100 {
+		token := unknown()
+		_, err := b.ask("Bearer " + token)
+		refuses(t, err, ca.ErrUnavailable, "503", token)
+	}
+	if got := server.fetches(); got != 2 {
+		t.Errorf("%d fetches, want the one at the start and the one that failed", got)
+	}
+}
+
+// A call gives its turn away before it waits for keys, and has one again afterwards.
+func TestWhoWaitsForKeysStandsAside(t *testing.T) {
+	key := newSigner(t, "k1")
+	server := newKeyServer(t, key)
+	hold := make(chan struct{})
+	server.set(func(s *keyServer) { s.working = hold })
+	b := start(t, authn.Options{Issuers: []authn.IssuerConfig{server.config()}})
+	token := key.sign(t, b.claims(server.URL))
+	var order []string
+	aside := make(chan struct{})
+	credentials := authn.Credentials{Tokens: []string{"Bearer " + token}, Aside: func() func(context.Context) error {
+		order = append(order, "aside")
+		close(aside)
+		return func(context.Context) error { order = append(order, "back"); return nil }
+	}}
+	answered := make(chan error, 1)
+	go func() { _, err := b.Authenticate(t.Context(), credentials); answered <- err }()
+	<-aside
+	close(hold)
+	if err := <-answered; err != nil || !slices.Equal(order, []string{"aside", "back"}) {
+		t.Errorf("%v, %v", order, err)
+	}
+	credentials.Aside = func() func(context.Context) error { t.Error("it stood aside for a key that is known"); return nil }
+	if _, err := b.Authenticate(t.Context(), credentials); err != nil {
+		t.Error(err)
 	}
 }
 

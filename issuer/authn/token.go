@@ -73,7 +73,7 @@ func (t signedToken) signedWith(key any) bool {
 }
 
 // token verifies the one bearer token of a call with the keys of the one issuer that it names.
-func (a *Authenticator) token(ctx context.Context, values []string) (*proven, error) {
+func (a *Authenticator) token(ctx context.Context, values []string, aside func() func(context.Context) error) (*proven, error) {
 	fail := func(format string, args ...any) (*proven, error) {
 		return nil, ca.Unauthenticated(fmt.Errorf("token: "+format, args...))
 	}
@@ -98,7 +98,7 @@ func (a *Authenticator) token(ctx context.Context, values []string) (*proven, er
 	if i == nil {
 		return fail("its issuer %.200q is not one of those that are configured", token.claims.Issuer)
 	}
-	return i.verify(ctx, token, a.now())
+	return i.verify(ctx, token, a.now(), aside)
 }
 
 // bearer takes the token from the one authorization header of a call (RFC 6750 2.1).
@@ -157,7 +157,7 @@ func brief(err error) string {
 }
 
 // verify checks the signature with the issuer's keys, and then every claim that counts (RFC 7519 4.1).
-func (i *issuer) verify(ctx context.Context, token signedToken, now time.Time) (*proven, error) {
+func (i *issuer) verify(ctx context.Context, token signedToken, now time.Time, aside func() func(context.Context) error) (*proven, error) {
 	fail := func(format string, args ...any) (*proven, error) {
 		return nil, ca.Unauthenticated(fmt.Errorf("token of issuer %q: "+format, append([]any{i.name}, args...)...))
 	}
@@ -165,7 +165,7 @@ func (i *issuer) verify(ctx context.Context, token signedToken, now time.Time) (
 	if len(i.algorithms) > 0 && !slices.Contains(i.algorithms, header.Algorithm) {
 		return fail("its algorithm %s is not one of %v, which are configured", header.Algorithm, i.algorithms)
 	}
-	keys, err := i.keys.find(ctx, header.KeyID, header.Algorithm)
+	keys, err := i.keys.find(ctx, header.KeyID, header.Algorithm, aside)
 	if err != nil {
 		return nil, fmt.Errorf("token of issuer %q: %w", i.name, err)
 	}

@@ -96,6 +96,7 @@ type doorOptions struct {
 	connections istio.Connections
 	listener    net.Listener
 	onCommit    func(ledger.Commit)
+	calls       int           // that are worked on at once; 0: the gate's own
 	patience    time.Duration // with half-sent requests; 0: the gate's own
 }
 
@@ -167,7 +168,7 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 	certificate, err := serving.New(t.Context(), d.ca, []string{"localhost", "127.0.0.1"}, time.Hour, log)
 	must(err)
 	counters := metrics.New(d.registry)
-	crowd := gate.New(gate.Options{Patience: o.patience, Work: istio.IsCSR, Logger: log, Metrics: counters})
+	crowd := gate.New(gate.Options{Calls: o.calls, Patience: o.patience, Work: istio.IsCSR, Logger: log, Metrics: counters})
 	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute,
 		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(), o.connections)
 	if o.listener == nil {

@@ -2,6 +2,7 @@ package istio_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -176,6 +177,47 @@ func TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise(t *testing.T) {
 }
 
 // TestAFloodOfUnknownKeyIDsIsRefusedAndHoldsNobodyUp: those who have a good token get their certificates meanwhile, and the issuer is asked once.
+// A token issuer that hangs, and callers with tokens of it, keep no working place from the callers of others.
+func TestAnIssuerThatHangsHoldsUpOnlyItsOwnCallers(t *testing.T) {
+	const most = 3
+	hang, asked := make(chan struct{}), make(chan struct{}, 1)
+	issuer := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		asked <- struct{}{}
+		<-hang
+	}))
+	t.Cleanup(issuer.Close)
+	t.Cleanup(func() { close(hang) })
+	const name = "https://hanging.example"
+	d := openDoorWith(t, doorOptions{calls: most, issuers: []authn.IssuerConfig{{Name: "hanging", Kind: authn.KindKubernetes, Issuer: name, Audiences: []string{"istio-ca"},
+		JWKSURL: issuer.URL}}})
+	<-asked
+	api, csr := d.api(t, nil), csrFor(t, newKey(t), nil)
+	token := signToken(t, must(rsa.GenerateKey(rand.Reader, 2048)), jose.RS256, "k1", with(goodClaims(), "iss", name))
+	ctx, cancel := context.WithCancel(t.Context())
+	var held sync.WaitGroup
+	var ended atomic.Int64
+	for range 5 * most {
+		held.Go(func() {
+			defer ended.Add(1)
+			_, err := api.CreateCertificate(bearer(ctx, token), &pb.IstioCertificateRequest{Csr: csr})
+			if code := status.Code(err); code != codes.Canceled && code != codes.Unavailable {
+				t.Errorf("a caller of the issuer that hangs: %v", err)
+			}
+		})
+	}
+	others := d.api(t, nil)
+	for range 5 * most {
+		if _, err := others.CreateCertificate(bearer(t.Context(), d.token(t)), &pb.IstioCertificateRequest{Csr: csr}); err != nil {
+			t.Errorf("a caller of another issuer: %v", err)
+		}
+	}
+	if n := ended.Load(); n != 0 {
+		t.Errorf("the callers of another issuer were served only after %d of those that are held up", n)
+	}
+	cancel()
+	held.Wait()
+}
+
 func TestAFloodOfUnknownKeyIDsIsRefusedAndHoldsNobodyUp(t *testing.T) {
 	const flood, good = 400, 20
 	key, stranger := must(rsa.GenerateKey(rand.Reader, 2048)), must(rsa.GenerateKey(rand.Reader, 2048))

@@ -102,9 +102,20 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 	if err != nil {
 		return nil, caller, err
 	}
-	defer leave()
+	defer func() { leave() }()
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
+	credentials.Aside = func() (back func(context.Context) error) {
+		leave()
+		leave = func() {}
+		return func(ctx context.Context) error {
+			again, err := s.Gate.Enter(ctx, address)
+			if err == nil {
+				leave = again
+			}
+			return err
+		}
+	}
 	authenticated, err := s.Callers.Authenticate(ctx, credentials)
 	if err != nil {
 		return nil, caller, err
