@@ -186,7 +186,7 @@ type Issued struct {
 }
 
 // Record appends the certificate's event to the ledger. Only when that is durable is there an Issued (I1). The ledger refuses it if
-// meanwhile the authority stopped signing, the bundle fell below the floor, or the join token was spent.
+// meanwhile the authority stopped signing, the bundle fell below the floor, the join token was spent, or the client certificate was revoked or superseded.
 func (s *Signed) Record(ctx context.Context, delivery ledger.Delivery, requestID string) (*Issued, error) {
 	if s.recorded {
 		return nil, errors.New("a signed certificate is recorded once") // a defect, so of no kind
@@ -264,6 +264,8 @@ func (c *CA) appendError(ctx context.Context, err error, signedUnder *trust) err
 	switch {
 	case errors.Is(err, ledger.ErrTokenSpent), errors.Is(err, ledger.ErrTokenUnknown), errors.Is(err, ledger.ErrTokenExpired):
 		return Unauthenticated(fmt.Errorf("the ledger refuses the join token: %w", err))
+	case errors.Is(err, ledger.ErrRevoked), errors.Is(err, ledger.ErrSuperseded): // since it was verified
+		return Unauthenticated(fmt.Errorf("the ledger refuses the client certificate: %w", err))
 	case errors.Is(err, ledger.ErrNotActive), errors.Is(err, ledger.ErrBelowFloor):
 		return Unavailable(errors.Join(fmt.Errorf("%w: %w", errOutdated, err), c.takeUp(ctx, signedUnder)))
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

@@ -9,6 +9,8 @@ var (
 	ErrTokenSpent   = errors.New("the join token is spent")                      //
 	ErrTokenUnknown = errors.New("the join token is not known")                  // to this ledger, or not for this identity
 	ErrTokenExpired = errors.New("the join token has expired")                   //
+	ErrRevoked      = errors.New("the certificate is revoked")                   // an Issue that follows on it
+	ErrSuperseded   = errors.New("the certificate is superseded")                // a Confirm of one whose join token was redeemed again since
 	ErrAlready      = errors.New("it is recorded already")                       // a Confirm, Token, Revoke or taint for the second time
 	ErrConflict     = errors.New("the state is not the expected one")            // compare-and-swap of an authority or bundle: read again, decide again
 	ErrNotFound     = errors.New("it is not in the ledger")                      //

@@ -177,7 +177,8 @@ type Holder struct {
 }
 
 // Issue records a certificate that was handed out. Appending it is refused unless, in the same commit, its authority is
-// active and not tainted, its bundle exists and is not below the floor, and its join token (if any) may still be redeemed.
+// active and not tainted, its bundle exists and is not below the floor, its join token (if any) may still be redeemed, and the certificate that
+// it replaces is not revoked.
 type Issue struct {
 	Serial      Serial   `cbor:"1,keyasint" json:"serial"`
 	Certificate Hash     `cbor:"2,keyasint" json:"certificate"` // SHA-256 of the DER
@@ -200,10 +201,14 @@ type Issue struct {
 	Peer        string   `cbor:"19,keyasint,omitempty" json:"peer,omitempty"`         // network address of the caller
 	ClampedFrom int64    `cbor:"20,keyasint,omitempty" json:"clamped_from,omitempty"` // seconds that were asked for, when more than granted
 	ClusterID   string   `cbor:"21,keyasint,omitempty" json:"cluster_id,omitempty"`   // the caller's own word, not checked
+	// Supersedes is filled in by the ledger: the number of the issue that the same single-use token got before, 0 for none. From this event on that
+	// certificate authenticates nobody, and is never confirmed. It may be in somebody's hands, so that it counts until it expires.
+	Supersedes uint64 `cbor:"22,keyasint,omitempty" json:"supersedes,omitempty"`
 }
 
 // Confirm records that the holder of an issued certificate was seen to have it: it presented the serial, or acknowledged it.
-// It retires the certificate that the confirmed one replaces from the holdings. Appending it twice is ErrAlready.
+// It retires the certificate that the confirmed one replaces from the holdings, unless that was superseded. Appending it twice is ErrAlready, and
+// for a superseded certificate ErrSuperseded.
 type Confirm struct {
 	Number uint64 `cbor:"1,keyasint" json:"number"` // of the Issue event
 	Serial Serial `cbor:"2,keyasint" json:"serial"`

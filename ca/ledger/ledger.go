@@ -200,8 +200,8 @@ func (l *Ledger) Head() Head {
 // Append records events: all of them, next to each other in one commit, or none. It returns the number of the first once they are
 // durable, and does not change them: what the ledger fills in is in the stored event only.
 //
-// A refusal wraps ErrNotActive, ErrBelowFloor, ErrNotFound, ErrTokenUnknown, ErrTokenExpired, ErrTokenSpent, ErrAlready or ErrConflict, and takes no
-// number. ErrBusy and ErrClosed mean that nothing was recorded; so does the error of ctx without ErrUnavailable: ctx ended before a commit
+// A refusal wraps ErrNotActive, ErrBelowFloor, ErrNotFound, ErrTokenUnknown, ErrTokenExpired, ErrTokenSpent, ErrRevoked, ErrSuperseded, ErrAlready or
+// ErrConflict, and takes no number. ErrBusy and ErrClosed mean that nothing was recorded; so does the error of ctx without ErrUnavailable: ctx ended before a commit
 // took the events. After ErrUnavailable they may turn out to be recorded, as when a connection breaks: a failed fsync leaves that open, and
 // so does a ctx that ends before the commit does.
 func (l *Ledger) Append(ctx context.Context, events ...Body) (first uint64, err error) {

@@ -85,6 +85,7 @@ type replay struct {
 	tokens             map[string]*tokenRow
 	revoked            map[string]Time
 	confirmed, retired uint64 // marks that the table must have
+	superseded         uint64
 }
 
 type authorityReplay struct {
@@ -200,7 +201,7 @@ func (r *replay) event(tx *bolt.Tx, n uint64, raw []byte) {
 	r.time = e.Time
 	switch body := e.Body.(type) {
 	case *Issue:
-		r.issue(n, e.Time, body)
+		r.issue(tx, n, e.Time, body)
 	case *Confirm:
 		r.confirm(tx, n, body)
 	case *Authority:
@@ -244,7 +245,7 @@ func (r *replay) endLog(log LogID, incarnation Hash, says string) {
 	}
 }
 
-func (r *replay) issue(n uint64, at Time, issue *Issue) {
+func (r *replay) issue(tx *bolt.Tx, n uint64, at Time, issue *Issue) {
 	if key := holdingOf(issue); key.end() > r.horizon {
 		row := r.holdings[key]
 		row.count++
@@ -254,8 +255,30 @@ func (r *replay) issue(n uint64, at Time, issue *Issue) {
 	if a := r.authorities[issue.Authority]; a != nil && (a.row.State != StateActive || a.row.Tainted) {
 		r.problem("event %d issues under the authority %s, which was not active then", n, issue.Authority)
 	}
-	if token := r.tokens[issue.Token]; token != nil {
+	token := r.tokens[issue.Token]
+	if issue.Supersedes != 0 {
+		r.supersede(tx, n, issue, token)
+	}
+	if token != nil {
 		token.redeem(n, at)
+	}
+}
+
+// supersede checks that an issue supersedes the one that its token got before. token is nil when its event was pruned.
+func (r *replay) supersede(tx *bolt.Tx, n uint64, issue *Issue, token *tokenRow) {
+	if token != nil && (token.Token.Reusable || token.Last != issue.Supersedes) {
+		r.problem("event %d supersedes issue %d, and the join token %q got %d before", n, issue.Supersedes, issue.Token, token.Last)
+	}
+	if issue.Supersedes < r.first {
+		return
+	}
+	r.superseded++
+	before, err := (&batch{l: r.l, tx: tx}).findIssue(issue.Supersedes)
+	if err != nil || before == nil || issue.Supersedes >= n || before.Token != issue.Token {
+		r.problem("event %d supersedes issue %d, which is no such issue", n, issue.Supersedes)
+	}
+	if !decodeSettled(r.l.table(tx, bucketSettled).Get(number(issue.Supersedes))).Superseded {
+		r.problem("event %d supersedes issue %d, and the table does not say so", n, issue.Supersedes)
 	}
 }
 
@@ -369,8 +392,9 @@ func (r *replay) compare(tx *bolt.Tx) error {
 			r.problem("the table has no revocation of the serial %s", Serial(serial))
 		}
 	}
-	if r.confirmed != 0 || r.retired != 0 {
-		r.problem("the marks of confirmed and retired issues are not those of the log: %d and %d differ", int64(r.confirmed), int64(r.retired))
+	if r.confirmed != 0 || r.retired != 0 || r.superseded != 0 {
+		r.problem("the marks of confirmed, retired and superseded issues are not those of the log: %d, %d and %d differ",
+			int64(r.confirmed), int64(r.retired), int64(r.superseded))
 	}
 	var floor uint64
 	if _, value := r.l.table(tx, bucketBundles).Cursor().Last(); value != nil {
@@ -485,6 +509,12 @@ func (r *replay) compareSettled(key, value []byte) error {
 	}
 	if state.Retired {
 		r.retired--
+	}
+	if state.Superseded {
+		r.superseded--
+	}
+	if state.Superseded && state.Confirmed {
+		r.problem("issue %d is superseded, and was confirmed", toNumber(key))
 	}
 	return nil
 }

@@ -153,7 +153,11 @@ func describe(e admin.Event) string {
 		for _, proof := range e.Issue.Proofs {
 			by += " " + proof.Method
 		}
-		return fmt.Sprintf("%s  serial %s  until %s  by%s", who, e.Issue.Serial, e.Issue.NotAfter, by)
+		text := fmt.Sprintf("%s  serial %s  until %s  by%s", who, e.Issue.Serial, e.Issue.NotAfter, by)
+		if e.Issue.Supersedes > 0 {
+			text += fmt.Sprintf("  supersedes number %d", e.Issue.Supersedes)
+		}
+		return text
 	case e.Confirm != nil:
 		return fmt.Sprintf("the holder has number %d (%s)", e.Confirm.Number, e.Confirm.How)
 	case e.Authority != nil:
@@ -255,6 +259,9 @@ func showEvent(c *cobra.Command, e admin.Event) error {
 	table.row("holder", i.Holder.Kind+" "+i.Holder.ID)
 	if i.Replaces > 0 {
 		table.row("replaces", fmt.Sprintf("number %d", i.Replaces))
+	}
+	if i.Supersedes > 0 {
+		table.row("supersedes", fmt.Sprintf("number %d, which the same join token got", i.Supersedes))
 	}
 	if i.ClampedFrom > 0 {
 		table.row("asked for", (time.Duration(i.ClampedFrom) * time.Second).String())

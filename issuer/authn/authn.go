@@ -147,7 +147,11 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 		a.log.Warn("the token does not count, the client certificate does", "request_id", c.RequestID, "spiffe_id", certificate.ID.String(),
 			"reason", tokenErr.Error(), "peer", c.Peer)
 	case certErr != nil:
-		a.log.Warn("the client certificate does not count, the token does", "request_id", c.RequestID, "spiffe_id", token.id.String(),
+		level := slog.LevelWarn
+		if errors.Is(certErr, ledger.ErrSuperseded) { // a join token is in two hands
+			level = slog.LevelError
+		}
+		a.log.Log(ctx, level, "the client certificate does not count, the token does", "request_id", c.RequestID, "spiffe_id", token.id.String(),
 			"reason", certErr.Error(), "peer", c.Peer)
 	}
 	if certificate != nil {

@@ -216,6 +216,9 @@ func (s *Server) logRefusal(ctx context.Context, id, result string, caller ca.Ca
 	case metrics.ResultCanceled:
 		level = slog.LevelInfo
 	}
+	if errors.Is(err, ledger.ErrSuperseded) { // a join token is in two hands
+		level = slog.LevelError
+	}
 	attrs := []slog.Attr{slog.String("request_id", id), slog.String("result", result), slog.String("reason", err.Error()), slog.String("peer", caller.Peer)}
 	if !caller.ID.IsZero() {
 		attrs = append(attrs, slog.String("spiffe_id", caller.ID.String()))

@@ -322,6 +322,106 @@ func TestAJoinTokenMayBeRedeemedAgainThreeTimesUntilItsSVIDIsConfirmed(t *testin
 	}
 }
 
+// Two parties with one token: who comes second has what counts. When the first did get its response, showing it is loud and leads nowhere.
+func TestASVIDWhoseJoinTokenWasRedeemedAgainRenewsNothing(t *testing.T) {
+	d := openDoor(t, nil)
+	type svid struct {
+		*tls.Certificate
+		serial string
+	}
+	ask := func(with *tls.Certificate, token string) (svid, error) {
+		t.Helper()
+		key, ctx := newKey(t), t.Context()
+		if token != "" {
+			ctx = bearer(ctx, token)
+		}
+		answer, err := d.api(t, with).CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: csrFor(t, key, nil)})
+		if err != nil {
+			return svid{}, err
+		}
+		block, _ := pem.Decode([]byte(answer.GetCertChain()[0]))
+		return svid{&tls.Certificate{PrivateKey: key, Certificate: [][]byte{block.Bytes}}, d.newest(t).Serial.String()}, nil
+	}
+	redeem := func(token string) svid {
+		t.Helper()
+		got, err := ask(nil, token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	loud := func(reason string) bool {
+		for line := range strings.Lines(d.log.String()) {
+			if strings.Contains(line, `"level":"ERROR"`) && strings.Contains(line, reason) {
+				return true
+			}
+		}
+		return false
+	}
+
+	token := d.joinToken(t, false)
+	first, second := redeem(token), redeem(token)
+	if _, err := ask(first.Certificate, ""); status.Code(err) != codes.Unauthenticated || strings.Contains(err.Error(), "superseded") {
+		t.Errorf("the first, after the token was redeemed again: %v", err)
+	}
+	if !loud("client certificate "+first.serial+" of spiffe://cluster.local/ns/edge/sa/vm, number") || !loud("two parties used one token") {
+		t.Error("the log does not say so loudly")
+	}
+	if _, err := ask(second.Certificate, ""); err != nil {
+		t.Errorf("the second: %v", err)
+	}
+	if _, err := ask(first.Certificate, token); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("the first with the token, after the second was seen to be held: %v", err)
+	}
+
+	token = d.joinToken(t, false)
+	first = redeem(token)
+	if _, err := ask(first.Certificate, ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ask(nil, token); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("the token, after the first was seen to be held: %v", err)
+	}
+
+	token = d.joinToken(t, true)
+	first, second = redeem(token), redeem(token)
+	for _, one := range []svid{first, second} {
+		if _, err := ask(one.Certificate, ""); err != nil {
+			t.Errorf("of a reusable token: %v", err)
+		}
+	}
+	if report, err := d.ledger.Verify(t.Context()); err != nil || len(report.Problems) > 0 {
+		t.Errorf("verify: %v, %v", report.Problems, err)
+	}
+}
+
+// A token comes with the SVID that it got, as from an agent that keeps both: the certificate does not count, and the log is loud though the token does.
+func TestASupersededSVIDIsLoudThoughTheTokenCounts(t *testing.T) {
+	d := openDoor(t, nil)
+	token := d.joinToken(t, false)
+	var first *tls.Certificate
+	for range 2 {
+		key := newKey(t)
+		answer, err := d.api(t, nil).CreateCertificate(bearer(t.Context(), token), &pb.IstioCertificateRequest{Csr: csrFor(t, key, nil)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first == nil {
+			block, _ := pem.Decode([]byte(answer.GetCertChain()[0]))
+			first = &tls.Certificate{PrivateKey: key, Certificate: [][]byte{block.Bytes}}
+		}
+	}
+	if _, err := d.api(t, first).CreateCertificate(bearer(t.Context(), token), &pb.IstioCertificateRequest{Csr: csrFor(t, newKey(t), nil)}); err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(d.log.String()) {
+		if strings.Contains(line, `"level":"ERROR"`) && strings.Contains(line, "the client certificate does not count, the token does") && strings.Contains(line, "two parties") {
+			return
+		}
+	}
+	t.Errorf("the log does not say so loudly:\n%s", d.log)
+}
+
 func TestAJoinTokenThatTheLedgerDoesNotKnowIsRefused(t *testing.T) {
 	d := openDoor(t, nil)
 	token, _, err := d.join.Create(spiffeid.RequireFromString("spiffe://cluster.local/ns/edge/sa/vm"), time.Minute, false)
