@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"syscall"
 
+	"kedge/ca"
 	"kedge/ca/ledger"
 )
 
@@ -126,9 +127,9 @@ func (c *Client) CreateToken(ctx context.Context, r TokenRequest) (t TokenRespon
 	return t, c.call(ctx, http.MethodPost, "/v1/tokens", r, &t)
 }
 
-// Revoke revokes a certificate.
-func (c *Client) Revoke(ctx context.Context, r RevokeRequest) (e ledger.Revoke, err error) {
-	return e, c.call(ctx, http.MethodPost, "/v1/revocations", r, &e)
+// Revoke revokes a certificate, or its lineage from there on.
+func (c *Client) Revoke(ctx context.Context, r RevokeRequest) (answer ca.Revocation, err error) {
+	return answer, c.call(ctx, http.MethodPost, "/v1/revocations", r, &answer)
 }
 
 // ConfirmClock tells the CA that its machine's clock is right.

@@ -317,12 +317,15 @@ func (s *Server) revoke(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, ca.Invalid(err)
 	}
-	event, err := s.CA.Revoke(r.Context(), serial, request.Reason, peerName(r))
-	if err != nil {
-		return nil, err
+	revoke := s.CA.Revoke
+	if request.Lineage {
+		revoke = s.CA.RevokeLineage
 	}
-	s.Log.Warn("certificate revoked", "serial", serial, "reason", request.Reason, "by", event.By)
-	return event, nil
+	answer, err := revoke(r.Context(), serial, request.Reason, peerName(r))
+	for _, revoked := range answer.Revoked { // also before an error
+		s.Log.Warn("certificate revoked", "serial", revoked.Serial, "number", revoked.Number, "reason", request.Reason, "by", revoked.By)
+	}
+	return answer, err
 }
 
 func (s *Server) confirmClock(r *http.Request) (any, error) {
