@@ -20,7 +20,7 @@ func newBackupCommand(t *target) *cobra.Command {
 	var asJSON bool
 	var out string
 	c := &cobra.Command{
-		Use: "backup --out FILE", Short: "Make a backup of a running CA", Args: cobra.NoArgs,
+		Use: "backup --out FILE", Short: "Make a backup of a running CA", Args: arguments(),
 		Long: `Have the running CA write everything that it can be brought back from into one file: the ledger as it is at this moment, the root, and the keys of
 issuing CAs as they are on disk. Issuing goes on meanwhile. The file is readable by its owner only; it is there as a whole or not at all, and
 nothing is overwritten. Keys that are not encrypted in the data folder are not encrypted in the file either, which is said. Passphrases are

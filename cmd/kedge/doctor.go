@@ -40,7 +40,7 @@ const lowSpace = 256 << 20 // octets
 func newDoctorCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "doctor", Short: "Say what is wrong with this setup and how to mend it", Args: cobra.NoArgs,
+		Use: "doctor", Short: "Say what is wrong with this setup and how to mend it", Args: arguments(),
 		Long: `Look at the configuration, the data folder and the running CA, and say of each thing whether it is good, and if not, what to do. Exit code 4
 when something is wrong. It changes nothing.`,
 		RunE: func(c *cobra.Command, _ []string) error {

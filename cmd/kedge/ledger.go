@@ -97,7 +97,7 @@ func newLedgerListCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	var asJSON, oldest bool
 	c := &cobra.Command{
-		Use: "list", Short: "List events, the newest first", Args: cobra.NoArgs,
+		Use: "list", Short: "List events, the newest first", Args: arguments(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -186,7 +186,7 @@ func describe(e admin.Event) string {
 func newLedgerShowCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "show NUMBER|SERIAL", Short: "Show one event, by its number or by a certificate's serial", Args: cobra.ExactArgs(1),
+		Use: "show NUMBER|SERIAL", Short: "Show one event, by its number or by a certificate's serial", Args: arguments("NUMBER|SERIAL"),
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -279,7 +279,7 @@ func newLedgerCountCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "count", Short: "Count events", Args: cobra.NoArgs,
+		Use: "count", Short: "Count events", Args: arguments(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -308,7 +308,7 @@ func newLedgerCountCommand(t *target) *cobra.Command {
 func newLedgerVerifyCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "verify", Short: "Check the hash chain of the whole ledger, and that its tables follow from it", Args: cobra.NoArgs,
+		Use: "verify", Short: "Check the hash chain of the whole ledger, and that its tables follow from it", Args: arguments(),
 		Long: `Compute the hash chain anew from the first event to the last, check that the numbers have no gap, and compare the holdings and the other
 tables with a recount. Exit code 4 when something does not hold.`,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -349,7 +349,7 @@ tables with a recount. Exit code 4 when something does not hold.`,
 func newLedgerExportCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	c := &cobra.Command{
-		Use: "export", Short: "Print events as JSON lines, the oldest first, for a SIEM", Args: cobra.NoArgs,
+		Use: "export", Short: "Print events as JSON lines, the oldest first, for a SIEM", Args: arguments(),
 		Long: `Print one JSON object a line, the oldest event first. To go on where the last export ended, give --from one more than the last number that it printed.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()

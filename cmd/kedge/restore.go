@@ -20,7 +20,7 @@ func newRestoreCommand(t *target) *cobra.Command {
 	var asJSON bool
 	var from string
 	c := &cobra.Command{
-		Use: "restore --from FILE --data NEWFOLDER", Short: "Make a data folder from a backup, or from an older copy of a data folder", Args: cobra.NoArgs,
+		Use: "restore --from FILE --data NEWFOLDER", Short: "Make a data folder from a backup, or from an older copy of a data folder", Args: arguments(),
 		Long: `Make a new data folder from a backup, or from a data folder that was put back by hand, on which no CA runs. The folder must not be there yet, or be
 empty. Everything is verified first, the whole ledger too.
 

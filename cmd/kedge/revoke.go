@@ -12,7 +12,7 @@ func newSVIDRevokeCommand(t *target) *cobra.Command {
 	var asJSON, lineage bool
 	var reason string
 	c := &cobra.Command{
-		Use: "revoke SERIAL", Short: "Make an SVID authenticate nobody to this CA any more", Args: cobra.ExactArgs(1),
+		Use: "revoke SERIAL", Short: "Make an SVID authenticate nobody to this CA any more", Args: arguments("SERIAL"),
 		Long: `Revoke an SVID by its serial number: from now on it renews nothing. Other workloads go on accepting it until it expires, since they do not ask this CA.
 An SVID that was renewed already has a successor, which goes on: with --lineage every one that follows on it is revoked, too.`,
 		RunE: func(c *cobra.Command, args []string) error {

@@ -17,7 +17,7 @@ import (
 
 func newServeCommand(t *target) *cobra.Command {
 	return &cobra.Command{
-		Use: "serve", Short: "Run the CA", Args: cobra.NoArgs,
+		Use: "serve", Short: "Run the CA", Args: arguments(),
 		Long: `Run the CA until SIGTERM or SIGINT. Without a configuration it makes a root of its own on the first start and keeps everything in
 ./kedge-data; the CSR API is on 127.0.0.1:15012, health and metrics are on 127.0.0.1:15014. The log goes to standard error.`,
 		RunE: func(c *cobra.Command, _ []string) error {

@@ -56,7 +56,7 @@ type fetch struct {
 func newSVIDFetchCommand(t *target) *cobra.Command {
 	var f fetch
 	c := &cobra.Command{
-		Use: "fetch --server HOST:PORT --root FILE --token-file FILE --out DIR", Short: "Get one SVID and write it to files", Args: cobra.NoArgs,
+		Use: "fetch --server HOST:PORT --root FILE --token-file FILE --out DIR", Short: "Get one SVID and write it to files", Args: arguments(),
 		Long: `Make a key on this machine, have its SVID issued by a CA's CSR API, and write cert-chain.pem, key.pem and root-cert.pem (0600). The key
 never leaves the machine. On the CA's own machine --server and --root may be left out: the running CA is asked.
 

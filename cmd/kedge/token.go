@@ -21,7 +21,7 @@ func newTokenCreateCommand(t *target) *cobra.Command {
 	var identity string
 	var ttl time.Duration
 	c := &cobra.Command{
-		Use: "create --identity ns/default/sa/web", Short: "Make a join token", Args: cobra.NoArgs,
+		Use: "create --identity ns/default/sa/web", Short: "Make a join token", Args: arguments(),
 		Long: `Make a join token, signed by this CA, for one SPIFFE ID. The token goes to standard output and nowhere else; the ledger records that it
 was made, for whom and by whom. Its first use spends it, unless --reusable. Should the answer get lost, the machine may use it again
 three times within five minutes, until it has shown its new certificate.`,
