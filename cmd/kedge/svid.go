@@ -29,6 +29,7 @@ import (
 
 	"kedge/ca/atomicfile"
 	"kedge/ca/ledger"
+	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 	"kedge/issuer/istio"
 )
@@ -49,12 +50,12 @@ func newSVIDCommand(t *target) *cobra.Command {
 // fetch is what 'kedge svid fetch' was told.
 type fetch struct {
 	server, root, tokenFile, out, keyType string
-	ttl, timeout                          time.Duration
+	ttl, timeout                          config.Duration
 	renew, asJSON                         bool
 }
 
 func newSVIDFetchCommand(t *target) *cobra.Command {
-	var f fetch
+	f := fetch{timeout: config.Duration(30 * time.Second)}
 	c := &cobra.Command{
 		Use: "fetch --server HOST:PORT --root FILE --token-file FILE --out DIR", Short: "Get one SVID and write it to files", Args: arguments(),
 		Long: `Make a key on this machine, have its SVID issued by a CA's CSR API, and write cert-chain.pem, key.pem and root-cert.pem (0600). The key
@@ -68,7 +69,7 @@ issue now, it is asked again until --timeout has passed. A refusal that stays on
 			if err := f.check(); err != nil {
 				return usageError{err}
 			}
-			ctx, cancel := context.WithTimeout(c.Context(), f.timeout)
+			ctx, cancel := context.WithTimeout(c.Context(), f.timeout.Std())
 			defer cancel()
 			return f.run(ctx, t, c.OutOrStdout(), c.ErrOrStderr())
 		},
@@ -80,8 +81,8 @@ issue now, it is asked again until --timeout has passed. A refusal that stays on
 	c.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
 	c.Flags().BoolVar(&f.renew, "renew", false, "prove who is asking with the SVID that is in --out")
 	c.Flags().StringVar(&f.keyType, "key-type", "P-256", "type of the new key: "+strings.Join(keyTypes, ", "))
-	c.Flags().DurationVar(&f.ttl, "ttl", 0, "how long the SVID shall be valid; 0: the CA's default")
-	c.Flags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how long to try, and to wait for the token")
+	c.Flags().Var(&f.ttl, "ttl", "how long the SVID shall be valid, such as 12h or 1d; 0s: the CA's default")
+	c.Flags().Var(&f.timeout, "timeout", "how long to try, and to wait for the token")
 	return c
 }
 
@@ -91,10 +92,10 @@ func (f *fetch) check() error {
 		return errors.New("--out is missing: the folder for the SVID's files")
 	case f.tokenFile == "" && !f.renew:
 		return errors.New("--token-file is missing ('kedge token create' on the CA's machine makes a token), or --renew")
-	case f.timeout <= 0:
-		return fmt.Errorf("--timeout %s is not positive", f.timeout)
-	case f.ttl < 0 || f.ttl%time.Second != 0:
-		return fmt.Errorf("--ttl %s is not a whole number of seconds from 0 on", f.ttl)
+	case f.timeout == 0:
+		return fmt.Errorf("--timeout %s is not more than 0", f.timeout)
+	case f.ttl.Std()%time.Second != 0:
+		return fmt.Errorf("--ttl %s is not a whole number of seconds", f.ttl)
 	case f.server != "" && !isAddress(f.server):
 		return fmt.Errorf("--server %q is not HOST:PORT", f.server)
 	case !slices.Contains(keyTypes, f.keyType):
@@ -146,7 +147,7 @@ func (f *fetch) run(ctx context.Context, t *target, out, log io.Writer) error {
 	var chain []string
 	var bundle string
 	err = f.persist(ctx, log, func(ctx context.Context) (again bool, err error) {
-		chain, bundle, err = client.Sign(ctx, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}), token, f.ttl)
+		chain, bundle, err = client.Sign(ctx, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}), token, f.ttl.Std())
 		return istio.Retryable(err), f.explain(err)
 	})
 	if err != nil {

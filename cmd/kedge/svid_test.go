@@ -83,8 +83,8 @@ func TestFetchWaitsForACAThatIsNotThereYet(t *testing.T) {
 	out, localOut := filepath.Join(t.TempDir(), "svid"), filepath.Join(t.TempDir(), "svid")
 	elsewhere := launch(t, nil, "svid", "fetch", "--server", front.Addr().String(), "--root", root, "--token-file", token, "--out", out, "--timeout", "10m")
 	local := launch(t, nil, "svid", "fetch", "--config", k.Config, "--token-file", localToken, "--out", localOut, "--timeout", "10m")
-	elsewhere.awaitLog(t, "kedge: trying again until 10m0s have passed (--timeout): ")
-	local.awaitLog(t, "kedge: trying again until 10m0s have passed (--timeout): no CA is running there")
+	elsewhere.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): ")
+	local.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): no CA is running there")
 	if _, err := os.Stat(filepath.Join(out, keyFile)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("there is a key before there is a CA: %v", err)
 	}

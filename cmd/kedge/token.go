@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 )
 
@@ -19,7 +20,7 @@ func newTokenCommand(t *target) *cobra.Command {
 func newTokenCreateCommand(t *target) *cobra.Command {
 	var asJSON, reusable bool
 	var identity string
-	var ttl time.Duration
+	ttl := config.Duration(10 * time.Minute)
 	c := &cobra.Command{
 		Use: "create --identity ns/default/sa/web", Short: "Make a join token", Args: arguments(),
 		Long: `Make a join token, signed by this CA, for one SPIFFE ID. The token goes to standard output and nowhere else; the ledger records that it
@@ -29,14 +30,14 @@ three times within five minutes, until it has shown its new certificate.`,
 			if identity == "" {
 				return usageError{errors.New("--identity is missing: the path of a SPIFFE ID, such as ns/default/sa/web")}
 			}
-			if ttl < time.Second {
+			if ttl.Std() < time.Second {
 				return usageError{fmt.Errorf("--ttl %s: a token lives at least a second", ttl)}
 			}
 			client, err := t.client()
 			if err != nil {
 				return err
 			}
-			token, err := client.CreateToken(c.Context(), admin.TokenRequest{Identity: identity, TTL: int64(ttl / time.Second), Reusable: reusable})
+			token, err := client.CreateToken(c.Context(), admin.TokenRequest{Identity: identity, TTL: int64(ttl.Std() / time.Second), Reusable: reusable})
 			if err != nil {
 				return err
 			}
@@ -54,7 +55,7 @@ three times within five minutes, until it has shown its new certificate.`,
 		},
 	}
 	c.Flags().StringVar(&identity, "identity", "", "path of the SPIFFE ID, such as ns/default/sa/web")
-	c.Flags().DurationVar(&ttl, "ttl", 10*time.Minute, "how long the token is valid")
+	c.Flags().Var(&ttl, "ttl", "how long the token is valid, such as 1h or 7d")
 	c.Flags().BoolVar(&reusable, "reusable", false, "let the token be used until it expires, instead of once")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
