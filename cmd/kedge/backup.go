@@ -5,12 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"kedge/ca/backup"
 	"kedge/issuer/admin"
@@ -28,9 +25,6 @@ not in it, nor is what lets callers in: join tokens are void after a restore.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if out == "" {
 				return usageError{errors.New("--out is missing: the file to make")}
-			}
-			if _, err := os.Lstat(out); err == nil {
-				return fmt.Errorf("%s is there already, and a backup overwrites nothing: name another file", out)
 			}
 			client, err := t.client()
 			if err != nil {
@@ -62,45 +56,19 @@ not in it, nor is what lets callers in: join tokens are void after a restore.`,
 
 // saveBackup puts a backup into a file, which gets its name once it is verified and on disk.
 func saveBackup(ctx context.Context, client *admin.Client, out string) (m backup.Manifest, err error) {
-	body, err := client.Backup(ctx)
-	if err != nil {
-		return m, err
-	}
-	defer body.Close()                                                         // it was read to its end, or is of no use
-	file, err := os.CreateTemp(filepath.Dir(out), "."+filepath.Base(out)+".*") // mode 0600
-	if err != nil {
-		return m, fmt.Errorf("making the backup's file: %w", err)
-	}
-	m, err = backup.Read(io.TeeReader(body, file), nil)
-	if err == nil {
-		_, err = io.Copy(file, body) // what pads the archive
-	}
-	if err == nil {
-		err = file.Sync()
-	}
-	if err = errors.Join(err, file.Close()); err == nil {
-		err = renameOnly(file.Name(), out)
-	}
-	if err != nil {
-		return m, errors.Join(fmt.Errorf("writing the backup: %w", err), os.Remove(file.Name()))
-	}
-	dir, err := os.Open(filepath.Dir(out))
-	if err != nil {
-		return m, fmt.Errorf("writing the backup: %w", err)
-	}
-	return m, errors.Join(dir.Sync(), dir.Close())
-}
-
-// renameOnly renames a file unless the new name is taken. Not every file system has that, or else hard links.
-func renameOnly(from, to string) error {
-	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
-		if err = os.Link(from, to); err == nil {
-			return os.Remove(from)
+	err = newFile(out, func(file *os.File) error {
+		body, err := client.Backup(ctx)
+		if err != nil {
+			return err
 		}
-	}
-	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%s is there by now, and a backup overwrites nothing: %w", to, err)
-	}
-	return err
+		defer body.Close() // it was read to its end, or is of no use
+		if m, err = backup.Read(io.TeeReader(body, file), nil); err == nil {
+			_, err = io.Copy(file, body) // what pads the archive
+		}
+		if err != nil {
+			return fmt.Errorf("writing the backup: %w", err)
+		}
+		return nil
+	})
+	return m, err
 }
