@@ -61,7 +61,8 @@ func newSVIDFetchCommand(t *target) *cobra.Command {
 		Long: `Make a key on this machine, have its SVID issued by a CA's CSR API, and write cert-chain.pem, key.pem and root-cert.pem (0600). The key
 never leaves the machine. On the CA's own machine --server and --root may be left out: the running CA is asked.
 
-With --renew the SVID that is in --out already proves who is asking, and no token is needed.
+With --renew the SVID that is in --out already proves who is asking, and no token is needed; with --server, --root is then root-cert.pem in --out
+unless it is given.
 
 The three files change at one instant: they are links through --out/..data, which is exchanged as a whole. When the CA is not there yet, or cannot
 issue now, it is asked again until --timeout has passed. A refusal that stays one ends the command at once.`,
@@ -114,6 +115,11 @@ func (f *fetch) run(ctx context.Context, t *target, out, log io.Writer) error {
 	token, err := f.readToken(ctx)
 	if err != nil {
 		return fmt.Errorf("reading the token: %w", err)
+	}
+	if f.renew && f.server != "" && f.root == "" { // on another machine: the bundle that came with the SVID
+		if kept := filepath.Join(f.out, rootFile); exists(kept) {
+			f.root = kept
+		}
 	}
 	if f.server == "" || f.root == "" {
 		if err := f.askHere(ctx, t, log); err != nil {
@@ -264,21 +270,37 @@ func (f *fetch) write(out io.Writer, key crypto.Signer, chain, bundle string) er
 	}
 	leaf := svid.Certificates[0]
 	if f.asJSON {
-		return printJSON(out, map[string]any{
+		document := map[string]any{
 			"spiffe_id": svid.ID.String(), "serial": ledger.Serial(leaf.SerialNumber.Bytes()), "not_before": leaf.NotBefore.UTC(), "not_after": leaf.NotAfter.UTC(),
 			"chain_file": filepath.Join(f.out, chainFile), "key_file": filepath.Join(f.out, keyFile), "root_file": filepath.Join(f.out, rootFile),
-		})
+		}
+		if f.clamped(leaf) {
+			document["clamped_from"] = int64(f.ttl.Std() / time.Second) // as the ledger has it
+		}
+		return printJSON(out, document)
 	}
 	table := newTable(out)
 	table.row("SPIFFE ID", svid.ID.String())
 	table.row("serial", ledger.Serial(leaf.SerialNumber.Bytes()).String())
 	table.row("valid from", leaf.NotBefore.UTC().Format(time.RFC3339))
 	table.row("valid until", people(leaf.NotAfter))
+	if f.clamped(leaf) {
+		table.row("asked for", fmt.Sprintf("%s, which the CA clamped: more is not granted", f.ttl))
+	}
 	for i, cert := range svid.Certificates[1:] {
 		table.row(fmt.Sprintf("chain %d", i+1), fmt.Sprintf("%s, until %s", cert.Subject, cert.NotAfter.UTC().Format(time.RFC3339)))
 	}
 	table.row("written to", fmt.Sprintf("%s (%s, %s, %s)", f.out, chainFile, keyFile, rootFile))
 	return table.Flush()
+}
+
+// clamped says whether the CA granted less than what was asked for, which it does above a profile's maximum. It goes by the certificate's own two times,
+// since the clocks of two machines differ; notBefore lies somewhat before the time of issue.
+func (f *fetch) clamped(leaf *x509.Certificate) bool { return leaf.NotAfter.Sub(leaf.NotBefore) < f.ttl.Std() }
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 func readRoots(path string) (*x509.CertPool, error) {
