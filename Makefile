@@ -41,8 +41,8 @@ lint: ## formatting, vet, staticcheck, and that every page and generated file is
 docs: ## write docs/configuration.md anew from the comments in the code
 	go run ./cmd/kedge/config/gendocs
 
-bench: ## measurements; never part of the tests
-	go test -run '^$$' -bench . -benchtime 2s ./ca/...
+bench: build ## what a certificate costs, beside Istio's CA: writes docs/benchmarks.md; less of it with make bench BENCH=-quick
+	@test/bench/run.sh $(BIN) $(or $(BENCH),-out docs/benchmarks.md)
 
 clean: ## remove what was built
 	rm -rf bin

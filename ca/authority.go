@@ -23,6 +23,7 @@ type authority struct {
 	hash     ledger.Hash         // of the chain
 	notAfter time.Time           // the earliest end in the chain and its root: nothing signed here may outlive it (I3)
 	key      crypto.Signer       // of the active issuing CA only
+	leaves   *leafMaker          // with that key
 }
 
 // loadAuthority parses a record. For an issuing CA, roots must hold its root.
@@ -69,8 +70,14 @@ func (a *authority) openKey(ctx context.Context, keys KeyStore) error {
 	if err := sameKey(key.Public(), a.cert); err != nil {
 		return fmt.Errorf("the key %q of the issuing CA %s: %w", a.record.KeyRef, a.short(), err)
 	}
+	return a.use(key)
+}
+
+// use lets the authority sign with its key.
+func (a *authority) use(key crypto.Signer) (err error) {
 	a.key = key
-	return nil
+	a.leaves, err = newLeafMaker(a.cert, key)
+	return err
 }
 
 // short names the authority in logs and errors: the first eight octets of its id.

@@ -57,9 +57,13 @@ func loadBundle(record ledger.BundleRecord) (*Bundle, error) {
 
 // encodePEM renders certificates one after the other, each ending with a newline.
 func encodePEM(ders ...[]byte) string {
-	var text bytes.Buffer
+	size := 0
 	for _, der := range ders {
-		pem.Encode(&text, &pem.Block{Type: "CERTIFICATE", Bytes: der}) // a bytes.Buffer takes everything
+		size += len(der)*4/3 + len(der)/48 + 64 // base64, an end of line after every 64 of its letters, and the two lines around it
+	}
+	text := bytes.NewBuffer(make([]byte, 0, size))
+	for _, der := range ders {
+		pem.Encode(text, &pem.Block{Type: "CERTIFICATE", Bytes: der}) // a bytes.Buffer takes everything
 	}
 	return text.String()
 }

@@ -67,7 +67,8 @@ type trust struct {
 }
 
 // Open takes up the authorities that the ledger has, and makes what is missing: on the first start the root and its
-// bundle enter the ledger and an issuing CA is made. It fails rather than begin with something that clients would refuse.
+// bundle enter the ledger and an issuing CA is made. It fails rather than begin with something that clients would refuse. On a later start what is
+// missing and cannot be made, since the disk is full or the root is away, is a problem: Run tries again, and Ready says no until then.
 func Open(ctx context.Context, o Options) (*CA, error) {
 	if o.Profiles[DefaultProfile] == nil {
 		return nil, fmt.Errorf("there is no profile named %q", DefaultProfile)
@@ -79,8 +80,10 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 		problems: problems{said: map[string]error{}}, change: make(chan struct{}, 1), destroyed: map[ledger.Hash]bool{},
 	}
 	c.clients = NewClientCertificates(o.TrustDomain, o.Ledger, o.Clock.Wall)
+	first := o.Ledger.Head().Number == 0
+	c.Note("guarded clock", c.guarded.Save())
 	if err := c.takeUpRoots(ctx); errors.Is(err, errRootAway) {
-		c.note("root", err)
+		c.Note("root", err)
 	} else if err != nil {
 		return nil, err
 	}
@@ -88,10 +91,10 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 		return nil, err
 	}
 	if err := c.RenewIssuing(ctx); err != nil {
-		if _, _, unable := c.trust.Load().signer(c.now(), c.profiles[DefaultProfile].MinTTL()); unable != nil {
+		if first {
 			return nil, err
 		}
-		c.note("issuing CA", err) // the one that there is still signs
+		c.Note("issuing CA", err)
 	}
 	return c, nil
 }
@@ -210,7 +213,7 @@ func (c *CA) reload(ctx context.Context) error {
 		next.issuing = append(next.issuing, a)
 		if record.State == ledger.StateActive && !record.Tainted {
 			if before != nil && before.active != nil && before.active.record.ID == record.ID {
-				a.key = before.active.key
+				a.key, a.leaves = before.active.key, before.active.leaves
 			}
 			next.active = a
 		}
@@ -222,7 +225,7 @@ func (c *CA) reload(ctx context.Context) error {
 		}
 		if err != nil {
 			c.log.Error("the active issuing CA cannot sign; a new one is due", "authority", next.active.record.ID, "error", err)
-			next.active.key = nil
+			next.active.key, next.active.leaves = nil, nil
 		}
 	}
 	c.clients.setAuthorities(next.issuing, c.otherIssuers, taintedKeys(records))

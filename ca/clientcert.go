@@ -166,6 +166,13 @@ func (c *ClientCertificates) lineage(ctx context.Context, leaf *x509.Certificate
 		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %s of %s is not the one that number %d in the ledger records under this serial: "+
 			"somebody else signs with the key of an issuing CA; find out who, and replace that CA", proven.Serial, proven.ID, event.Number))
 	}
+	state, err := c.ledger.IssueState(event.Number)
+	if err != nil {
+		return ClientCertificate{}, Unavailable(fmt.Errorf("looking up whether client certificate %s is superseded: %w", proven.Serial, err))
+	}
+	if state.Superseded {
+		return ClientCertificate{}, superseded(proven.Serial, proven.ID.String(), event.Number, issue.Token)
+	}
 	proven.Number, proven.Holder, proven.First = event.Number, issue.Holder, issue.FirstProof
 	proven.Proof.Issuer = issue.Authority.String() // of several with one key and name, the one that it was
 	// Without a FirstProof the lineage began with this issue, unless that itself was for a certificate of which nothing was known.
@@ -173,6 +180,14 @@ func (c *ClientCertificates) lineage(ctx context.Context, leaf *x509.Certificate
 		proven.First = &issue.Proofs[0]
 	}
 	return proven, nil
+}
+
+// superseded is the refusal of a certificate whose single-use join token was redeemed again. A machine redeems it again when it did not get the response: who
+// shows that certificate all the same is somebody else, or somebody else redeemed the token.
+func superseded(serial ledger.Serial, id string, number uint64, token string) error {
+	return Unauthenticated(fmt.Errorf("client certificate %s of %s, number %d in the ledger, is superseded: its join token %q was redeemed again, as by a machine "+
+		"that never got it. But somebody has it, so two parties used one token. 'kedge ledger list --type issue --spiffe-id %s' shows what they got and 'kedge ledger show' "+
+		"from where; revoke what a stranger has with 'kedge svid revoke --lineage': %w", serial, id, number, token, id, ledger.ErrSuperseded))
 }
 
 // checkForm checks that a certificate is an X.509-SVID leaf (X509-SVID 2, 4 and 5.2) for client authentication, and of our trust domain.

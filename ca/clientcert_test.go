@@ -121,7 +121,7 @@ func (c *callers) sign(t *testing.T, template, parent *x509.Certificate, pub cry
 	return cert
 }
 
-func newECKey(t *testing.T) crypto.Signer {
+func newECKey(t testing.TB) crypto.Signer {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -65,7 +65,7 @@ type guardedState struct {
 }
 
 // OpenGuardedClock goes on from what path holds. Without the file it begins with the time of the ledger's last event, or, when that has none
-// (zero), with the wall clock.
+// (zero), with the wall clock. It writes nothing: see Save.
 func OpenGuardedClock(path string, clock Clock, lastEvent time.Time) (*GuardedClock, error) {
 	if err := atomicfile.Clean(path); err != nil {
 		return nil, fmt.Errorf("reading the guarded clock: %w", err)
@@ -76,7 +76,7 @@ func OpenGuardedClock(path string, clock Clock, lastEvent time.Time) (*GuardedCl
 		if !lastEvent.IsZero() {
 			g.base = earlier(g.base, lastEvent)
 		}
-		return g, g.Save()
+		return g, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("reading the guarded clock: %w", err)
@@ -129,14 +129,23 @@ func (g *GuardedClock) Behind() error {
 		wall.UTC().Format(time.RFC3339), guarded.UTC().Format(time.RFC3339))
 }
 
-// Save keeps the clock for the next run.
-func (g *GuardedClock) Save() error {
+// State is the content of the file that the next run goes on from.
+func (g *GuardedClock) State() ([]byte, error) {
 	g.mu.Lock()
 	state := guardedState{Boot: g.clock.Boot, Guarded: g.now(), Elapsed: g.elapsed}
 	g.mu.Unlock()
 	raw, err := json.Marshal(state)
 	if err != nil {
-		return fmt.Errorf("keeping the guarded clock: %w", err)
+		return nil, fmt.Errorf("keeping the guarded clock: %w", err)
+	}
+	return raw, nil
+}
+
+// Save keeps the clock for the next run.
+func (g *GuardedClock) Save() error {
+	raw, err := g.State()
+	if err != nil {
+		return err
 	}
 	if err := atomicfile.Write(g.path, raw); err != nil {
 		return fmt.Errorf("keeping the guarded clock: %w", err)

@@ -92,3 +92,10 @@ func TestAnAdminsWordForTheClockIsRecorded(t *testing.T) {
 		t.Errorf("recorded: %+v, want %+v", event.Body, want)
 	}
 }
+
+func TestTheSystemsClockIsComparedAsItIsSet(t *testing.T) {
+	// With a monotonic reading Go compares by that, and a clock that was set meanwhile seems not to have moved (package time).
+	if now := ca.SystemClock().Wall(); now != now.Round(0) {
+		t.Errorf("%s has a monotonic reading", now)
+	}
+}

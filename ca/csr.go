@@ -3,14 +3,11 @@ package ca
 import (
 	"crypto"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"strings"
-
-	"kedge/ca/ledger"
 )
 
 // MaxCSR is the largest CSR that is read, in octets of PEM. An RSA-4096 one has about 1,700.
@@ -18,23 +15,26 @@ const MaxCSR = 16 << 10
 
 // parseCSR reads exactly one PEM block with a PKCS#10 request. Only its public key is ever used (I4): names,
 // extensions and attributes are not looked at, however hostile. allow judges the key before its signature is verified,
-// since that may be dear.
-func parseCSR(text []byte, allow func(crypto.PublicKey) error) (pub crypto.PublicKey, key ledger.Hash, err error) {
+// since that may be dear. spki is the key in DER, as it will stand in the certificate: as x509.MarshalPKIXPublicKey writes it, however the CSR does.
+func parseCSR(text []byte, allow func(crypto.PublicKey) error) (pub crypto.PublicKey, spki []byte, err error) {
 	csr, err := decodeCSR(text)
 	if err != nil {
-		return nil, key, badCSR(fmt.Errorf("the CSR %w", err))
+		return nil, nil, badCSR(fmt.Errorf("the CSR %w", err))
 	}
 	if err := allow(csr.PublicKey); err != nil {
-		return nil, key, badCSR(fmt.Errorf("the CSR's key is not allowed: %w", err))
+		return nil, nil, badCSR(fmt.Errorf("the CSR's key is not allowed: %w", err))
 	}
 	switch csr.SignatureAlgorithm {
 	case x509.MD2WithRSA, x509.MD5WithRSA, x509.SHA1WithRSA, x509.DSAWithSHA1, x509.DSAWithSHA256, x509.ECDSAWithSHA1:
-		return nil, key, badCSR(fmt.Errorf("the CSR is signed with %s: sign it with SHA-256 or better", csr.SignatureAlgorithm))
+		return nil, nil, badCSR(fmt.Errorf("the CSR is signed with %s: sign it with SHA-256 or better", csr.SignatureAlgorithm))
 	}
 	if err := csr.CheckSignature(); err != nil {
-		return nil, key, badCSR(fmt.Errorf("the CSR's signature does not prove possession of its key: %w", err))
+		return nil, nil, badCSR(fmt.Errorf("the CSR's signature does not prove possession of its key: %w", err))
 	}
-	return csr.PublicKey, sha256.Sum256(csr.RawSubjectPublicKeyInfo), nil
+	if spki, err = x509.MarshalPKIXPublicKey(csr.PublicKey); err != nil {
+		return nil, nil, badCSR(fmt.Errorf("the CSR's key cannot be encoded: %w", err))
+	}
+	return csr.PublicKey, spki, nil
 }
 
 func decodeCSR(text []byte) (*x509.CertificateRequest, error) {
@@ -56,10 +56,10 @@ func decodeCSR(text []byte) (*x509.CertificateRequest, error) {
 	}
 	csr, err := x509.ParseCertificateRequest(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("cannot be parsed as PKCS#10: %w", err)
+		return nil, fmt.Errorf("cannot be parsed as PKCS#10: %.200s", err) // x509 repeats a name that it cannot read
 	}
 	if csr.PublicKey == nil {
-		return nil, fmt.Errorf("has a public key of an unknown type (%s)", csr.PublicKeyAlgorithm)
+		return nil, errors.New("has a public key of an unknown type: use RSA or ECDSA")
 	}
 	return csr, nil
 }

@@ -13,7 +13,7 @@ func (c *CA) Housekeep(ctx context.Context) {
 
 // RemoveRetired does that part of it.
 func (c *CA) RemoveRetired(ctx context.Context) {
-	c.note("removal of retired issuing CAs", c.removeRetired(ctx))
+	c.Note("removal of retired issuing CAs", c.removeRetired(ctx))
 }
 
 // CrashAfterPreparing makes and records a new issuing CA, and stops before it takes over.

@@ -28,16 +28,24 @@ type handClock struct {
 	mu      sync.Mutex
 	wall    time.Time
 	elapsed time.Duration
+	running time.Time // since when it also goes by itself, in a bubble of testing/synctest; zero: it does not
 }
 
 func newHandClock() *handClock { return &handClock{wall: time.Now(), elapsed: time.Hour} }
 
 func (h *handClock) clock() ca.Clock {
 	return ca.Clock{
-		Wall:    func() time.Time { h.mu.Lock(); defer h.mu.Unlock(); return h.wall },
-		Elapsed: func() time.Duration { h.mu.Lock(); defer h.mu.Unlock(); return h.elapsed },
+		Wall:    func() time.Time { h.mu.Lock(); defer h.mu.Unlock(); return h.wall.Add(h.ran()) },
+		Elapsed: func() time.Duration { h.mu.Lock(); defer h.mu.Unlock(); return h.elapsed + h.ran() },
 		Boot:    "boot-1",
 	}
+}
+
+func (h *handClock) ran() time.Duration {
+	if h.running.IsZero() {
+		return 0
+	}
+	return time.Since(h.running)
 }
 
 // pass lets time go by.
@@ -184,12 +192,21 @@ func parse(t testing.TB, der []byte) *x509.Certificate {
 // verify is what any client does with an SVID, at the fixture's time.
 func (f *fixture) verify(t *testing.T, issued *ca.Issued) error {
 	t.Helper()
+	return verifyAt(issued, f.clock.clock().Wall())
+}
+
+// verifyAt is what any client does with an SVID, at each of some times.
+func verifyAt(issued *ca.Issued, times ...time.Time) error {
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	roots.AppendCertsFromPEM([]byte(issued.Bundle.PEM))
 	for _, link := range issued.Chain[1:] {
 		intermediates.AppendCertsFromPEM([]byte(link))
 	}
-	_, err := parse(t, issued.DER).Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, CurrentTime: f.clock.clock().Wall(),
-		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	leaf, err := x509.ParseCertificate(issued.DER)
+	for _, now := range times {
+		if err == nil {
+			_, err = leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+		}
+	}
 	return err
 }

@@ -29,6 +29,9 @@ func ParseIdentityPattern(text string) (IdentityPattern, error) {
 	}
 	segments := strings.Split(strings.TrimPrefix(text, "/"), "/")
 	for _, segment := range segments {
+		if strings.Contains(segment, "**") { // elsewhere that means any number of segments
+			return fail(`has "**", and a star stays within one segment: write one segment for each, with one star`)
+		}
 		if strings.Count(segment, "*") > maxPatternStars {
 			return fail("has more than %d stars in one segment", maxPatternStars)
 		}

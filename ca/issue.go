@@ -3,13 +3,9 @@ package ca
 import (
 	"context"
 	"crypto"
-	"crypto/rand"
 	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"math/big"
-	"net/url"
 	"strings"
 	"time"
 
@@ -103,16 +99,16 @@ func (c *CA) Grant(caller Caller, profile string) (*Granted, error) {
 type Requested struct {
 	granted *Granted
 	pub     crypto.PublicKey
-	key     ledger.Hash
+	spki    []byte // of pub, in DER
 }
 
 // ReadCSR takes the public key from a CSR, after the profile allowed it and the CSR's signature proved possession of it.
 func (g *Granted) ReadCSR(pem []byte) (*Requested, error) {
-	pub, key, err := parseCSR(pem, g.profile.AllowsKey)
+	pub, spki, err := parseCSR(pem, g.profile.AllowsKey)
 	if err != nil {
 		return nil, err
 	}
-	return &Requested{granted: g, pub: pub, key: key}, nil
+	return &Requested{granted: g, pub: pub, spki: spki}, nil
 }
 
 // Prepared is a certificate that may be signed. It comes from Prepare only.
@@ -155,41 +151,24 @@ type Signed struct {
 	recorded  bool
 }
 
-// Sign makes the certificate, each time with a new serial. x509.CreateCertificate verifies the signature that the key returned.
+// Sign makes the certificate, each time with a new serial.
 func (p *Prepared) Sign(ctx context.Context) (*Signed, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	c, a := p.requested.granted.ca, p.authority
-	number, serial := newSerial(c.ledger.Head().Log)
+	c, a, r := p.requested.granted.ca, p.authority, p.requested
+	serial := newSerial(c.ledger.Head().Log)
 	now := c.now().UTC().Truncate(time.Second)
-	notBefore := now.Add(-p.requested.granted.profile.Backdate(p.ttl))
+	notBefore := now.Add(-r.granted.profile.Backdate(p.ttl))
 	if notBefore.Before(a.cert.NotBefore) {
 		notBefore = a.cert.NotBefore
 	}
 	notAfter := earlier(now.Add(p.ttl), a.notAfter)
-	template := leafTemplate(number, p.requested.granted.caller.ID, p.requested.pub, notBefore, notAfter)
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, p.requested.pub, a.key)
+	der, err := a.leaves.sign(leaf{serial: serial, uri: r.granted.caller.ID.String(), pub: r.pub, spki: r.spki, notBefore: notBefore, notAfter: notAfter})
 	if err != nil {
 		return nil, Unavailable(fmt.Errorf("signing with the issuing CA %s: %w", a.short(), err))
 	}
 	return &Signed{prepared: p, serial: serial, der: der, notBefore: notBefore, notAfter: notAfter}, nil
-}
-
-// leafTemplate is what every SVID looks like (X509-SVID 4; RFC 5280 4.2.1.6: with an empty subject the SAN is critical,
-// which x509.CreateCertificate sees to).
-func leafTemplate(serial *big.Int, id spiffeid.ID, pub crypto.PublicKey, notBefore, notAfter time.Time) *x509.Certificate {
-	usage := x509.KeyUsageDigitalSignature
-	if isRSA(pub) {
-		usage |= x509.KeyUsageKeyEncipherment
-	}
-	return &x509.Certificate{
-		SerialNumber: serial, NotBefore: notBefore, NotAfter: notAfter,
-		KeyUsage:              usage,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-		URIs:                  []*url.URL{id.URL()},
-	}
 }
 
 // Issued is a certificate that is durably in the ledger, and may leave.
@@ -207,7 +186,7 @@ type Issued struct {
 }
 
 // Record appends the certificate's event to the ledger. Only when that is durable is there an Issued (I1). The ledger refuses it if
-// meanwhile the authority stopped signing, the bundle fell below the floor, or the join token was spent.
+// meanwhile the authority stopped signing, the bundle fell below the floor, the join token was spent, or the client certificate was revoked or superseded.
 func (s *Signed) Record(ctx context.Context, delivery ledger.Delivery, requestID string) (*Issued, error) {
 	if s.recorded {
 		return nil, errors.New("a signed certificate is recorded once") // a defect, so of no kind
@@ -216,7 +195,7 @@ func (s *Signed) Record(ctx context.Context, delivery ledger.Delivery, requestID
 	r := s.prepared.requested
 	caller, c := r.granted.caller, r.granted.ca
 	event := s.event(delivery, requestID)
-	event.SPIFFEID, event.Key, event.Profile = caller.ID.String(), r.key, r.granted.profile.Name()
+	event.SPIFFEID, event.Key, event.Profile = caller.ID.String(), sha256.Sum256(r.spki), r.granted.profile.Name()
 	event.Proofs, event.Holder, event.Replaces, event.Token = caller.Proofs, caller.Holder, caller.Replaces, caller.JoinToken
 	event.Peer, event.ClusterID = caller.Peer, caller.ClusterID
 	event.ClampedFrom = int64(s.prepared.asked / time.Second)
@@ -285,6 +264,8 @@ func (c *CA) appendError(ctx context.Context, err error, signedUnder *trust) err
 	switch {
 	case errors.Is(err, ledger.ErrTokenSpent), errors.Is(err, ledger.ErrTokenUnknown), errors.Is(err, ledger.ErrTokenExpired):
 		return Unauthenticated(fmt.Errorf("the ledger refuses the join token: %w", err))
+	case errors.Is(err, ledger.ErrRevoked), errors.Is(err, ledger.ErrSuperseded): // since it was verified
+		return Unauthenticated(fmt.Errorf("the ledger refuses the client certificate: %w", err))
 	case errors.Is(err, ledger.ErrNotActive), errors.Is(err, ledger.ErrBelowFloor):
 		return Unavailable(errors.Join(fmt.Errorf("%w: %w", errOutdated, err), c.takeUp(ctx, signedUnder)))
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

@@ -297,6 +297,38 @@ func TestThePresentedCertificateIsConfirmedOnceAndItsPredecessorRetired(t *testi
 	}
 }
 
+// Between the check of a client certificate and the record of what it asked for, its join token may be redeemed by somebody else.
+func TestACertificateThatIsSupersededWhileItAsksGetsNothing(t *testing.T) {
+	f := newFixture(t)
+	f.mustOpen(t)
+	caller := f.caller("/ns/edge/sa/vm")
+	if _, err := f.ledger.Append(t.Context(), &ledger.Token{ID: "t", SPIFFEID: caller.ID.String(), Expires: ledger.At(f.clock.clock().Wall().Add(time.Hour)), By: "x"}); err != nil {
+		t.Fatal(err)
+	}
+	byToken := caller
+	byToken.JoinToken = "t"
+	first := f.mustIssue(t, byToken, 0)
+	proven, err := f.present(t, first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := f.mustIssue(t, byToken, 0)
+	renewing := caller
+	renewing.Presented, renewing.Replaces = &ca.Presented{Number: proven.Number, Serial: proven.Serial}, proven.Number
+	if _, err := f.issue(t, renewing, 0); !errors.Is(err, ca.ErrUnauthenticated) || !errors.Is(err, ledger.ErrSuperseded) {
+		t.Errorf("error %v", err)
+	}
+	if head := f.ledger.Head().Number; head != second.Number {
+		t.Errorf("something was recorded: %d events after %d", head, second.Number)
+	}
+	if _, err := f.present(t, first); !errors.Is(err, ca.ErrUnauthenticated) || !strings.Contains(err.Error(), "is superseded") {
+		t.Errorf("once more: %v", err)
+	}
+	if _, err := f.present(t, second); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestASignedCertificateIsRecordedOnce(t *testing.T) {
 	f := newFixture(t)
 	f.mustOpen(t)

@@ -39,8 +39,10 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 		}
 		now = c.trust.Load()
 	}
-	// An active one whose life has not begun was made while the clock was ahead.
-	if t := c.now(); now.active != nil && now.active.key != nil && t.Before(now.active.halfLife()) && !t.Before(now.active.cert.NotBefore) {
+	// An active one whose life has not begun was made while the clock was ahead. One that is not covered from its first day on came with a
+	// restore: the CA that was lost may still sign with its key.
+	if t := c.now(); now.active != nil && now.active.key != nil && now.active.record.Coverage.Complete() &&
+		t.Before(now.active.halfLife()) && !t.Before(now.active.cert.NotBefore) {
 		return nil
 	}
 	next, ref, err := c.makeIssuing(ctx, now)
@@ -58,6 +60,9 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 	}
 	if err := c.reload(ctx); err != nil {
 		return err
+	}
+	if _, _, err := c.trust.Load().signer(c.now(), 0); err != nil {
+		return fmt.Errorf("taking up the new issuing CA %s: %w", next.short(), err)
 	}
 	c.log.Info("a new issuing CA signs from now on", "authority", next.record.ID, "not_after", next.cert.NotAfter, "ledger", c.ledger.Head().Number)
 	return nil
@@ -93,11 +98,17 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 	if err != nil {
 		return nil, ref, err
 	}
+	if now.Before(cert.NotBefore) {
+		return nil, ref, fmt.Errorf("its life would begin only at %s, as its root's does, and this machine's clock says %s: set the clock",
+			cert.NotBefore.Format(time.RFC3339), now.Format(time.RFC3339))
+	}
 	if shortest := c.profiles[DefaultProfile].MinTTL(); a.notAfter.Sub(now) < shortest {
 		return nil, ref, fmt.Errorf("it would live only until %s, because its root ends then: too short for a certificate of %s. The root must be renewed",
 			a.notAfter.Format(time.RFC3339), shortest)
 	}
-	a.key = key
+	if err := a.use(key); err != nil {
+		return nil, ref, err
+	}
 	if err := c.proveAuthority(a, t.anchors()); err != nil {
 		return nil, ref, fmt.Errorf("proving it with a throwaway leaf: %w", err)
 	}
@@ -142,7 +153,8 @@ func (c *CA) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return c.guarded.Save()
+			c.Note("guarded clock", c.guarded.Save())
+			return nil
 		case <-renewal.C:
 			if c.renew(ctx) == nil {
 				retry = retryRenewal
@@ -172,7 +184,7 @@ func (c *CA) keepHouse(ctx context.Context) {
 // untilRenewal is how long it is until a renewal may be due. It is never long, since the clock may be set.
 func (c *CA) untilRenewal() time.Duration {
 	active := c.trust.Load().active
-	if active == nil {
+	if active == nil || active.key == nil {
 		return 0
 	}
 	return min(tick, max(active.halfLife().Sub(c.now()), 0)+time.Second)
@@ -182,7 +194,7 @@ func (c *CA) renew(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
 	err := c.RenewIssuing(ctx)
-	c.note("issuing CA", err)
+	c.Note("issuing CA", err)
 	return err
 }
 
@@ -190,19 +202,20 @@ func (c *CA) renew(ctx context.Context) error {
 func (c *CA) chores(ctx context.Context) {
 	limited, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
-	c.note("root", c.takeUpRoots(limited))
-	c.note("removal of retired issuing CAs", c.removeRetired(limited))
-	c.note("keys of removed issuing CAs", c.destroyKeys(limited))
+	c.Note("root", c.takeUpRoots(limited))
+	c.Note("removal of retired issuing CAs", c.removeRetired(limited))
+	c.Note("keys of removed issuing CAs", c.destroyKeys(limited))
 	report, err := c.ledger.Prune(ctx, c.guarded.Now())
-	c.note("pruning the ledger", err)
+	c.Note("pruning the ledger", err)
 	if report.Events > 0 {
 		c.log.Info("the ledger was pruned", "events", report.Events, "first", report.First)
 	}
-	c.note("guarded clock", c.guarded.Save())
+	c.Note("guarded clock", c.guarded.Save())
 }
 
-// note logs a problem when it comes and when it goes.
-func (c *CA) note(about string, err error) {
+// Note lists err in Problems as what is wrong about something, until it is noted anew; nil means that it works. It is logged when it comes and
+// when it goes. An end of the CA itself (context.Canceled) is no problem.
+func (c *CA) Note(about string, err error) {
 	if errors.Is(err, context.Canceled) {
 		return
 	}
@@ -216,7 +229,8 @@ func (c *CA) note(about string, err error) {
 	}
 }
 
-// removeRetired lets go of issuing CAs under which no SVID is left. The clock is the guarded one (I8).
+// removeRetired lets go of issuing CAs under which no SVID is left. Of one whose coverage is not complete that is certain only after its own end,
+// which nothing under it outlives (I3). The clock is the guarded one (I8).
 func (c *CA) removeRetired(ctx context.Context) (err error) {
 	if err := c.lock(ctx); err != nil {
 		return err
@@ -236,7 +250,11 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 	for _, a := range c.trust.Load().issuing {
 		// One that was prepared and never became active was left by a crash.
 		leftover := a.record.State == ledger.StatePrepared && now.Sub(a.cert.NotBefore) > c.issuingLifetime/2
-		if a.record.State != ledger.StateRetired && !leftover || now.Before(last[a.hash].Add(removalMargin)) {
+		end := last[a.hash]
+		if !a.record.Coverage.Complete() {
+			end = a.notAfter
+		}
+		if a.record.State != ledger.StateRetired && !leftover || now.Before(end.Add(removalMargin)) {
 			continue
 		}
 		_, appendErr := c.ledger.Append(ctx, &ledger.Authority{ID: a.record.ID, TrustDomain: c.td.Name(), From: a.record.State, To: ledger.StateRemoved,

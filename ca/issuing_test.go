@@ -6,11 +6,14 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"math/big"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -33,6 +36,16 @@ func (f *fixture) states(t *testing.T) string {
 		}
 	}
 	return strings.Join(states, " ")
+}
+
+// active is the issuing CA that signs.
+func (f *fixture) active(t *testing.T) ledger.Hash {
+	t.Helper()
+	id, ok := f.ca.Active()
+	if !ok {
+		t.Fatal("there is no active issuing CA")
+	}
+	return id
 }
 
 func TestTheFirstStartMakesARootAndAnIssuingCAAndARestartKeepsThem(t *testing.T) {
@@ -332,6 +345,285 @@ func TestAFailedRenewalKeepsTheOldOneAndIsReported(t *testing.T) {
 	}
 	if got := f.states(t); got != "retired active" {
 		t.Errorf("states %q", got)
+	}
+}
+
+func TestAClockThatWasAheadAndIsRightAgainCostsNothingButANewIssuingCA(t *testing.T) {
+	f := newFixture(t)
+	f.mustOpen(t)
+	const ahead = 60 * 24 * time.Hour
+	f.clock.jump(ahead)
+	if _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); !errors.Is(err, ca.ErrUnavailable) {
+		t.Errorf("under an issuing CA that has expired: %v", err)
+	}
+	if err := f.ca.RenewIssuing(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	early := f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	if err := f.verify(t, early); err != nil {
+		t.Errorf("while the clock is ahead: %v", err)
+	}
+
+	f.clock.jump(-ahead)
+	for what, err := range map[string]error{
+		"issuing":   func() error { _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); return err }(),
+		"readiness": f.ca.Ready(t.Context()),
+	} {
+		if !errors.Is(err, ca.ErrUnavailable) || !strings.Contains(err.Error(), "the clock was set back") {
+			t.Errorf("%s under an issuing CA whose life has not begun: %v", what, err)
+		}
+	}
+	if err := f.ca.RenewIssuing(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.ca.Ready(t.Context()); err != nil {
+		t.Error(err)
+	}
+	now := f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	if err := f.verify(t, now); err != nil {
+		t.Errorf("after the clock was set right: %v", err)
+	}
+	if before := f.active(t); f.ca.RenewIssuing(t.Context()) != nil || f.active(t) != before {
+		t.Error("another issuing CA was made, though the new one is in the first half of its life")
+	}
+	f.reopen(t)
+	f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	f.ca.Housekeep(t.Context())
+	if got := f.states(t); got != "removed retired active" { // nothing was issued under the first; of the second there is a certificate
+		t.Errorf("states %q", got)
+	}
+	f.verifyLedger(t)
+}
+
+// TestNothingIsPrunedOnTheWordOfAClockThatJumpedAhead, until a token issuer's fresh token bears the clock out.
+func TestNothingIsPrunedOnTheWordOfAClockThatJumpedAhead(t *testing.T) {
+	f := newFixture(t)
+	f.mustOpen(t)
+	f.mustIssue(t, f.caller("/ns/default/sa/web"), time.Hour)
+	f.clock.jump(24 * time.Hour) // the retention time is an hour
+	for range 2 {
+		f.ca.Housekeep(t.Context())
+		f.mustIssue(t, f.caller("/ns/default/sa/web"), time.Hour)
+	}
+	if first := f.ledger.Head().First; first != 1 {
+		t.Errorf("the log begins with %d", first)
+	}
+	if problems := f.ca.Problems(); len(problems) != 1 || !strings.Contains(problems[0].Error(), "nothing is pruned or removed for what lies between") {
+		t.Errorf("problems %v", problems)
+	}
+	caller := f.caller("/ns/default/sa/web")
+	caller.IssuedAt = f.clock.clock().Wall().Add(-2 * time.Minute)
+	f.mustIssue(t, caller, time.Hour)
+	f.ca.Housekeep(t.Context())
+	if problems := f.ca.Problems(); len(problems) > 0 {
+		t.Errorf("a fresh token was shown, and there are the problems %v", problems)
+	}
+	if first := f.ledger.Head().First; first == 1 {
+		t.Error("nothing is pruned though the clock was borne out")
+	}
+	f.verifyLedger(t)
+}
+
+func TestAClockBeforeTheRootsLifeIsAProblemAndMakesNoIssuingCAs(t *testing.T) {
+	f := newFixture(t)
+	f.mustOpen(t)
+	f.clock.jump(-24 * time.Hour)
+	for range 3 {
+		f.ca.Housekeep(t.Context())
+	}
+	if got, keys := f.states(t), f.keyFiles(t); got != "active" || len(keys) != 1 {
+		t.Errorf("states %q, %d keys", got, len(keys))
+	}
+	problems := fmt.Sprint(f.ca.Problems())
+	if !strings.Contains(problems, "root: ") || !strings.Contains(problems, "issuing CA: making a new issuing CA: its life would begin only at ") {
+		t.Errorf("problems %v", problems)
+	}
+	if _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); !errors.Is(err, ca.ErrUnavailable) {
+		t.Errorf("issuing: %v", err)
+	}
+	f.clock.jump(24 * time.Hour)
+	f.ca.Guarded().Corroborate(f.clock.clock().Wall()) // as a fresh token does
+	f.ca.Housekeep(t.Context())
+	f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	if problems := f.ca.Problems(); len(problems) > 0 || f.states(t) != "active" {
+		t.Errorf("the clock is right again: problems %v, states %q", problems, f.states(t))
+	}
+}
+
+// verifyLedger makes sure that the hash chain holds, and that the holdings equal a recount.
+func (f *fixture) verifyLedger(t *testing.T) {
+	t.Helper()
+	report, err := f.ledger.Verify(t.Context())
+	if err != nil || len(report.Problems) > 0 {
+		t.Errorf("the ledger: %v %v", err, report.Problems)
+	}
+}
+
+func TestARestartWhileTheRootIsAwayServesOn(t *testing.T) {
+	f := newFixture(t)
+	root := newWeakRoot(t, f)
+	f.root = root
+	f.mustOpen(t)
+	before := f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	bundle := f.ca.Bundle().PEM
+
+	root.set(errors.New("the vault is sealed"))
+	f.reopen(t)
+	after := f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	if after.Authority != before.Authority || f.ca.Bundle().PEM != bundle {
+		t.Error("it signs with something else than before")
+	}
+	if err := f.verify(t, after); err != nil {
+		t.Error(err)
+	}
+	if err := f.ca.Ready(t.Context()); err != nil {
+		t.Errorf("it can sign and record, and says: %v", err)
+	}
+	problem := func() string {
+		problems := f.ca.Problems()
+		if len(problems) != 1 {
+			t.Fatalf("problems %v", problems)
+		}
+		return problems[0].Error()
+	}
+	if got := problem(); !strings.HasPrefix(got, "root: ") || !strings.Contains(got, "the vault is sealed") {
+		t.Errorf("problem %q", got)
+	}
+	f.ca.Housekeep(t.Context())
+	problem()
+	if got := strings.Count(f.log.String(), "something is wrong and is tried again"); got != 1 {
+		t.Errorf("it was logged %d times, want once:\n%s", got, f.log.String())
+	}
+
+	root.set(nil)
+	f.ca.Housekeep(t.Context())
+	if problems := f.ca.Problems(); len(problems) > 0 {
+		t.Errorf("the root is back, and there are the problems %v", problems)
+	}
+	if !strings.Contains(f.log.String(), `msg="works again" about=root`) {
+		t.Errorf("the log does not say that it is back:\n%s", f.log.String())
+	}
+}
+
+func TestARestartWhileTheRootIsAwayAndNothingCanSignIsNotReadyAndSaysWhy(t *testing.T) {
+	f := newFixture(t)
+	root := newWeakRoot(t, f)
+	f.root = root
+	root.set(errors.New("the vault is sealed"))
+	if err := f.open(t); err == nil || !strings.Contains(err.Error(), "asking the root for its trust anchors: the vault is sealed") {
+		t.Errorf("a first start: %v", err)
+	}
+	root.set(nil)
+	f.reopen(t)
+	f.clock.pass(f.issuing - time.Minute)
+	root.set(errors.New("the vault is sealed"))
+	if err := f.ledger.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f.mustOpen(t)
+	if err := f.ca.Ready(t.Context()); !errors.Is(err, ca.ErrUnavailable) {
+		t.Errorf("ready with a minute left of the issuing CA: %v", err)
+	}
+	const reason = "making a new issuing CA: having it certified by the root: the vault is sealed"
+	if problems := errors.Join(f.ca.Problems()...); problems == nil || !strings.Contains(problems.Error(), reason) {
+		t.Errorf("with a minute left of the issuing CA: %v", problems)
+	}
+	root.set(nil)
+	f.ca.Housekeep(t.Context())
+	f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+}
+
+func TestReadyEndsWhenTheIssuingCAHasLessLeftThanTheShortestCertificate(t *testing.T) {
+	f := newFixture(t)
+	f.clock.wall = f.clock.wall.Truncate(time.Second) // as the times in certificates are
+	f.mustOpen(t)
+	f.clock.pass(f.issuing - 5*time.Minute)
+	if err := f.ca.Ready(t.Context()); err != nil {
+		t.Errorf("with the shortest lifetime left to the second: %v", err)
+	}
+	f.mustIssue(t, f.caller("/ns/default/sa/web"), 5*time.Minute)
+	if problems := f.ca.Problems(); len(problems) != 1 || !strings.Contains(problems[0].Error(), "its renewal is overdue") {
+		t.Errorf("problems %v", problems)
+	}
+	f.clock.pass(time.Second)
+	for what, err := range map[string]error{
+		"readiness": f.ca.Ready(t.Context()),
+		"issuing":   func() error { _, err := f.issue(t, f.caller("/ns/default/sa/web"), 5*time.Minute); return err }(),
+	} {
+		if !errors.Is(err, ca.ErrUnavailable) || !strings.Contains(err.Error(), "the 4m59s that are left are less than the minimum of 5m0s") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := f.ca.RenewIssuing(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.ca.Ready(t.Context()); err != nil {
+		t.Error(err)
+	}
+	f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	if problems := f.ca.Problems(); len(problems) > 0 {
+		t.Errorf("problems %v", problems)
+	}
+}
+
+// TestARenewalUnderLoadRefusesNobody: whoever signs under the old issuing CA while the new one takes over is signed for again, once. Renewals are
+// days apart; here at least each caller has got an answer to a call that began after the one before.
+func TestARenewalUnderLoadRefusesNobody(t *testing.T) {
+	const callers, renewals = 24, 20
+	f := newFixture(t)
+	f.mustOpen(t)
+	var round atomic.Int64
+	answered, ended := make(chan struct{}), make(chan struct{})
+	var seen [callers]map[ledger.Hash]bool
+	var running sync.WaitGroup
+	for i := range callers {
+		seen[i] = map[ledger.Hash]bool{}
+		caller, request := f.caller(fmt.Sprintf("/ns/default/sa/web-%d", i)), ca.Request{CSR: newCSR(t, newKey(t), nil), Delivery: ledger.DeliveryResponse}
+		running.Go(func() {
+			for told := int64(-1); told < renewals; {
+				began := round.Load()
+				issued, err := f.ca.Issue(context.Background(), caller, request)
+				if err == nil {
+					err = verifyAt(issued, issued.NotBefore, issued.NotAfter)
+				}
+				if err != nil {
+					t.Errorf("a call that began after %d renewals: %v", began, err)
+				} else {
+					seen[i][issued.Authority] = true
+				}
+				if began > told {
+					told = began
+					select {
+					case answered <- struct{}{}:
+					case <-ended:
+						return
+					}
+				}
+			}
+		})
+	}
+	defer func() {
+		close(ended)
+		running.Wait()
+		for i := range seen {
+			if len(seen[i]) != renewals+1 {
+				t.Errorf("caller %d had certificates of %d issuing CAs, of %d", i, len(seen[i]), renewals+1)
+			}
+		}
+		f.verifyLedger(t)
+	}()
+	for n := int64(0); ; n++ {
+		round.Store(n)
+		for range callers {
+			<-answered
+		}
+		if n == renewals {
+			return
+		}
+		f.clock.pass(f.issuing/2 + time.Minute)
+		if err := f.ca.RenewIssuing(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -18,5 +18,8 @@ func keyType(pub crypto.PublicKey) string {
 	case ed25519.PublicKey:
 		return "Ed25519"
 	}
-	return fmt.Sprintf("%T", pub)
+	if kind := fmt.Sprintf("%T", pub); kind != "*dsa.PublicKey" { // crypto/dsa is deprecated
+		return kind
+	}
+	return "DSA"
 }

@@ -52,3 +52,25 @@ type KeyStore interface {
 	// Delete destroys the key. Deleting one that is not there is no error.
 	Delete(ctx context.Context, ref string) error
 }
+
+// PortableRoot is what a Root may be, too: one that is made of files on this machine, so that a backup of the CA has to hold them. A root
+// whose key is kept elsewhere has nothing to back up.
+type PortableRoot interface {
+	Root
+	// Files returns the files of the root's folder.
+	Files(ctx context.Context) ([]KeyFile, error)
+}
+
+// PortableKeyStore is what a KeyStore may be, too: one that keeps its keys in files on this machine.
+type PortableKeyStore interface {
+	KeyStore
+	// File returns the file of the key that Create named ref. An error that wraps fs.ErrNotExist says that there is no such key.
+	File(ctx context.Context, ref string) (KeyFile, error)
+}
+
+// KeyFile is a file of a root or of a key store. Whoever gets it wipes Content after use.
+type KeyFile struct {
+	Name    string // in the folder of the root or of the key store
+	Content []byte // as it is on disk
+	Clear   bool   // it holds a key that is not encrypted
+}

@@ -2,7 +2,6 @@ package ca
 
 import (
 	"crypto/rand"
-	"math/big"
 
 	"kedge/ca/ledger"
 )
@@ -12,10 +11,10 @@ const serialFormat = 0x01
 
 // newSerial makes a serial number of 20 octets: the format, three octets of the log's id, so that replicas and restored
 // folders never collide, and 16 random ones.
-func newSerial(log ledger.LogID) (*big.Int, ledger.Serial) {
+func newSerial(log ledger.LogID) ledger.Serial {
 	octets := make(ledger.Serial, 20)
 	octets[0] = serialFormat
 	copy(octets[1:4], log[:3])
 	rand.Read(octets[4:]) // never fails since Go 1.24
-	return new(big.Int).SetBytes(octets), octets
+	return octets
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"fmt"
+	"math/big"
 	"net"
 	"time"
 
@@ -21,9 +22,9 @@ func (c *CA) IssueServing(ctx context.Context, pub crypto.PublicKey, names []str
 	if err != nil {
 		return nil, err
 	}
-	number, serial := newSerial(c.ledger.Head().Log)
+	serial := newSerial(c.ledger.Head().Log)
 	template := &x509.Certificate{
-		SerialNumber: number, NotBefore: now.Add(-min(time.Minute, ttl/10).Truncate(time.Second)), NotAfter: earlier(now.Add(ttl), a.notAfter),
+		SerialNumber: new(big.Int).SetBytes(serial), NotBefore: now.Add(-min(time.Minute, ttl/10).Truncate(time.Second)), NotAfter: earlier(now.Add(ttl), a.notAfter),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, BasicConstraintsValid: true,
 	}
 	if template.NotBefore.Before(a.cert.NotBefore) {

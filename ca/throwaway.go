@@ -34,9 +34,12 @@ func (c *CA) proveAuthority(a *authority, roots []*x509.Certificate) error {
 	if err != nil {
 		return fmt.Errorf("the throwaway leaf's key: %w", err)
 	}
-	serial, _ := newSerial(c.ledger.Head().Log)
-	leaf := leafTemplate(serial, id, key.Public(), a.cert.NotBefore, a.cert.NotBefore)
-	der, err := x509.CreateCertificate(rand.Reader, leaf, a.cert, key.Public(), a.key)
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return fmt.Errorf("the throwaway leaf's key: %w", err)
+	}
+	der, err := a.leaves.sign(leaf{serial: newSerial(c.ledger.Head().Log), uri: id.String(), pub: key.Public(), spki: spki,
+		notBefore: a.cert.NotBefore, notAfter: a.cert.NotBefore})
 	if err != nil {
 		return fmt.Errorf("the key cannot sign: %w", err)
 	}

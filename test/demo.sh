@@ -31,7 +31,7 @@ done
 sed '/^Next:/d' greeting
 
 say '2. kedge token create: a join token for one workload, signed by the CA itself'
-"$kedge" token create --config kedge.yaml --identity ns/default/sa/web > token
+"$kedge" token create --config kedge.yaml --identity ns/default/sa/web --out token
 
 say '3. kedge svid fetch: a key made here, its SVID from the CSR API that istio-agents use, over TLS'
 "$kedge" svid fetch --config kedge.yaml --token-file token --out svid

@@ -1,4 +1,5 @@
-// Package atomicfile writes a file so that readers see the old contents or the new, and never a part. What it has made is durable.
+// Package atomicfile writes files so that readers see the old contents or the new, and never a part: Write a single file, WriteSet several that
+// belong together. What it has made is durable.
 package atomicfile
 
 import (
@@ -17,20 +18,26 @@ func Write(path string, data []byte) (err error) {
 			err = fmt.Errorf("writing %s: %w", path, err)
 		}
 	}()
-	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*") // mode 0600
+	file, err := os.CreateTemp(filepath.Dir(path), temporary(filepath.Base(path))+"*") // mode 0600
 	if err != nil {
 		return err
 	}
-	if _, err = file.Write(data); err == nil {
-		err = file.Sync()
-	}
-	if err = errors.Join(err, file.Close()); err == nil {
+	if err = fill(file, data); err == nil {
 		err = os.Rename(file.Name(), path)
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
 	return SyncFolder(filepath.Dir(path))
+}
+
+// temporary is how the name of a file begins while it is written; digits follow.
+func temporary(name string) string { return "." + name + "." }
+
+// isTemporary says whether entry is the name of a file that became name only if nothing went wrong.
+func isTemporary(entry, name string) bool {
+	digits, found := strings.CutPrefix(entry, temporary(name))
+	return found && digits != "" && strings.Trim(digits, "0123456789") == ""
 }
 
 // Clean removes what a Write to path left behind whose process was killed. Nobody may be writing there.
@@ -43,8 +50,7 @@ func Clean(path string) error {
 		return fmt.Errorf("looking for what a crash may have left: %w", err)
 	}
 	for _, entry := range entries {
-		digits, ours := strings.CutPrefix(entry.Name(), "."+filepath.Base(path)+".")
-		if !ours || digits == "" || strings.Trim(digits, "0123456789") != "" {
+		if !isTemporary(entry.Name(), filepath.Base(path)) {
 			continue
 		}
 		if err := os.Remove(filepath.Join(filepath.Dir(path), entry.Name())); err != nil {
@@ -54,31 +60,44 @@ func Clean(path string) error {
 	return nil
 }
 
-// MakeFolder makes a folder, mode 0700, and those above it that are missing. Its name is on disk when it returns, also when the folder was there: whoever made it
-// may have been killed too soon, and a power cut takes with a name all that is below it.
+// fill writes the contents of a new file, and returns once they are on disk.
+func fill(file *os.File, data []byte) error {
+	_, err := file.Write(data)
+	if err == nil {
+		err = file.Sync()
+	}
+	return errors.Join(err, file.Close())
+}
+
+// MakeFolder makes a folder, mode 0700, and those above it, unless they are there. Its name is on disk when it returns, also when it was there: whoever made it may
+// have been killed too soon, and a power cut takes with a name all that is below it.
 func MakeFolder(dir string) error {
-	err := os.Mkdir(dir, 0o700)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := MakeFolder(filepath.Dir(dir)); err != nil {
+	above := filepath.Dir(filepath.Clean(dir))
+	info, err := os.Stat(dir)
+	switch {
+	case err == nil && !info.IsDir():
+		return fmt.Errorf("making the folder %s: there is a file of that name: remove it, or name another folder", dir)
+	case errors.Is(err, fs.ErrNotExist):
+		if err := MakeFolder(above); err != nil {
 			return err
 		}
-		err = os.Mkdir(dir, 0o700)
-	}
-	if err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) { // somebody else may make it too
+			return fmt.Errorf("making the folder %s: %w", dir, err)
+		}
+	case err != nil:
 		return fmt.Errorf("making the folder %s: %w", dir, err)
 	}
-	err = SyncFolder(filepath.Dir(dir))
-	if errors.Is(err, fs.ErrPermission) { // a parent that may not be read is somebody else's, and so is the folder's name
-		return nil
+	if err := SyncFolder(above); err != nil && !errors.Is(err, fs.ErrPermission) { // one that may not be read is somebody else's, and so are the names in it
+		return err
 	}
-	return err
+	return nil
 }
 
 // SyncFolder returns once the names in a folder are on disk.
 func SyncFolder(dir string) error {
-	f, err := os.Open(dir)
+	folder, err := os.Open(dir)
 	if err == nil {
-		err = errors.Join(f.Sync(), f.Close())
+		err = errors.Join(folder.Sync(), folder.Close())
 	}
 	if err != nil {
 		return fmt.Errorf("flushing the folder %s to disk: %w", dir, err)

@@ -8,8 +8,8 @@ import (
 	"kedge/ca/atomicfile"
 )
 
-// names are the files in a folder.
-func names(t *testing.T, dir string) (all []string) {
+// listed are the files in a folder.
+func listed(t *testing.T, dir string) (all []string) {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -44,11 +44,11 @@ func TestWhatAKilledWriteLeftIsRemoved(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	before := len(names(t, dir))
+	before := len(listed(t, dir))
 	if err := atomicfile.Clean(path); err != nil {
 		t.Fatal(err)
 	}
-	if left := names(t, dir); len(left) != before-1 {
+	if left := listed(t, dir); len(left) != before-1 {
 		t.Errorf("of %d files there are left %q", before, left)
 	}
 	if _, err := os.Stat(filepath.Join(dir, ".clock.json.1234")); !os.IsNotExist(err) {

@@ -31,6 +31,7 @@ type batch struct {
 	revoked     []Serial // added
 	forgotten   [][]byte // revocations that were dropped
 	superseded  []superseded
+	leap        bool // the next bundle may leap: it is a restore's
 }
 
 // superseded is a redemption of a spent token, for the log.
@@ -202,6 +203,8 @@ func (b *batch) issue(event *Issue, encoded []byte) error {
 		return err
 	}
 	var token tokenRow
+	filled := *event
+	filled.Supersedes = 0
 	if event.Token != "" {
 		if token, err = b.redeemable(event.Token); err != nil {
 			return err
@@ -210,14 +213,20 @@ func (b *batch) issue(event *Issue, encoded []byte) error {
 			return fmt.Errorf("join token %q is for %s and not for %s: %w", event.Token, token.Token.SPIFFEID, event.SPIFFEID, ErrTokenUnknown)
 		}
 		if !token.Token.Reusable && token.Redeemed > 0 {
-			b.superseded = append(b.superseded, superseded{event.Token, event.SPIFFEID, b.head.Number + 1, token.Last})
-			if event.Replaces == 0 {
-				replacing := *event
-				replacing.Replaces = token.Last
-				if encoded, err = b.reencode(&replacing); err != nil {
-					return err
-				}
+			filled.Supersedes = token.Last
+			if filled.Replaces == 0 {
+				filled.Replaces = token.Last
 			}
+		}
+	}
+	if revoked, err := b.revokedIssue(event.Replaces); err != nil {
+		return err
+	} else if revoked {
+		return fmt.Errorf("renewing the certificate of event %d: %w", event.Replaces, ErrRevoked)
+	}
+	if filled.Supersedes != event.Supersedes {
+		if encoded, err = b.reencode(&filled); err != nil {
+			return err
 		}
 	}
 
@@ -230,6 +239,12 @@ func (b *batch) issue(event *Issue, encoded []byte) error {
 	b.holdings[key] = holding
 	if event.Token == "" {
 		return nil
+	}
+	if filled.Supersedes != 0 {
+		b.superseded = append(b.superseded, superseded{event.Token, event.SPIFFEID, n, filled.Supersedes})
+		if err := b.settle(b.table(bucketSettled), filled.Supersedes, settledSuperseded); err != nil {
+			return err
+		}
 	}
 	token.redeem(n, b.now)
 	return b.putRow(bucketTokens, []byte(event.Token), token)
@@ -262,10 +277,24 @@ func (b *batch) redeemable(id string) (row tokenRow, err error) {
 		return row, fmt.Errorf("join token %q was redeemed %d times: %w", id, row.Redeemed, ErrTokenSpent)
 	case b.now > row.First+redemptionWindow:
 		return row, fmt.Errorf("join token %q was redeemed at %s, more than five minutes ago: %w", id, row.First, ErrTokenSpent)
-	case decodeSettled(b.table(bucketSettled).Get(number(row.Last))).Confirmed:
+	case decodeSettled(b.table(bucketSettled).Get(number(row.Last))).Confirmed: // all before it are superseded, so that none of them can be
 		return row, fmt.Errorf("join token %q was redeemed, and its holder has the certificate (event %d): %w", id, row.Last, ErrTokenSpent)
 	}
-	return row, nil
+	revoked, err := b.revokedIssue(row.Last)
+	if err == nil && revoked {
+		err = fmt.Errorf("join token %q was redeemed, and the certificate (event %d) was revoked: %w", id, row.Last, ErrTokenSpent)
+	}
+	return row, err
+}
+
+// revokedIssue says whether the certificate of issue n is revoked. Where nothing is, as mostly, that costs next to nothing.
+func (b *batch) revokedIssue(n uint64) (bool, error) {
+	table := b.table(bucketRevoked)
+	if key, _ := table.Cursor().First(); key == nil || n == 0 {
+		return false, nil
+	}
+	issue, err := b.findIssue(n)
+	return issue != nil && table.Get(issue.Serial) != nil, err
 }
 
 func (b *batch) putRow(table, key []byte, row any) error {
@@ -286,9 +315,11 @@ func (b *batch) confirm(event *Confirm) error {
 	}
 	settled := b.table(bucketSettled)
 	key := number(event.Number)
-	state := decodeSettled(settled.Get(key))
-	if state.Confirmed {
+	switch state := decodeSettled(settled.Get(key)); {
+	case state.Confirmed:
 		return fmt.Errorf("confirming the certificate of event %d: %w", event.Number, ErrAlready)
+	case state.Superseded:
+		return fmt.Errorf("confirming the certificate of event %d, whose join token %q was redeemed again: %w", event.Number, issue.Token, ErrSuperseded)
 	}
 	confirmed := *event
 	retired, err := b.retired(issue, event.Number)
@@ -322,7 +353,8 @@ func (b *batch) confirm(event *Confirm) error {
 }
 
 // retired finds the issue that no longer counts once its successor, issue n, is confirmed: the one that it replaces, if that is
-// for the same name, unexpired, and not retired yet. It is nil when there is none.
+// for the same name, unexpired, and not retired yet. It is nil when there is none. One that was superseded goes on counting: the confirmation tells
+// nothing of who has it.
 func (b *batch) retired(successor *Issue, n uint64) (*Issue, error) {
 	if successor.Replaces == 0 || successor.Replaces >= n {
 		return nil, nil
@@ -334,7 +366,7 @@ func (b *batch) retired(successor *Issue, n uint64) (*Issue, error) {
 	if issue.SPIFFEID != successor.SPIFFEID || !slices.Equal(issue.Names, successor.Names) || issue.NotAfter <= b.now {
 		return nil, nil
 	}
-	if decodeSettled(b.table(bucketSettled).Get(number(successor.Replaces))).Retired {
+	if state := decodeSettled(b.table(bucketSettled).Get(number(successor.Replaces))); state.Retired || state.Superseded {
 		return nil, nil
 	}
 	return issue, nil
@@ -438,7 +470,7 @@ func (b *batch) bundle(event *Bundle) error {
 	switch {
 	case event.TrustDomain != b.l.o.TrustDomain:
 		return fmt.Errorf("the trust bundle is of the trust domain %q; this ledger is for %q", event.TrustDomain, b.l.o.TrustDomain)
-	case event.Sequence != current+1:
+	case event.Sequence != current+1 && !(b.leap && event.Sequence > current):
 		return fmt.Errorf("trust bundle %d does not follow on %d: %w", event.Sequence, current, ErrConflict)
 	case event.Floor < floor:
 		return fmt.Errorf("trust bundle %d would let the floor fall from %d to %d: %w", event.Sequence, floor, event.Floor, ErrConflict)

@@ -230,6 +230,8 @@ func decodeBody(typ Type, encoded []byte) (Body, error) {
 		body = new(Revoke)
 	case TypeWaiver:
 		body = new(Waiver)
+	case TypeRestore:
+		body = new(Restore)
 	default:
 		if err := decoding.Wellformed(encoded); err != nil {
 			return nil, err
@@ -249,6 +251,16 @@ func (h *Hash) UnmarshalCBOR(item []byte) error {
 		return fmt.Errorf("a SHA-256 digest is a byte string of %d octets", len(h))
 	}
 	copy(h[:], item[len(head):])
+	return nil
+}
+
+// UnmarshalCBOR takes exactly 16 octets.
+func (l *LogID) UnmarshalCBOR(item []byte) error {
+	const head = "\x50" // a byte string of 16 octets
+	if len(item) != len(head)+len(l) || string(item[:len(head)]) != head {
+		return fmt.Errorf("a log's id is a byte string of %d octets", len(l))
+	}
+	copy(l[:], item[len(head):])
 	return nil
 }
 
@@ -281,6 +293,11 @@ func checkBody(body Body) error {
 		err = checkText(b.Gate, b.Reason, b.By)
 		if b.Gate == "" {
 			err = errors.New("it names no gate")
+		}
+	case *Restore:
+		err = checkText(b.By)
+		if b.Number == 0 {
+			err = errors.New("it names no event that is known")
 		}
 	case nil:
 		return errors.New("there is no event to append")

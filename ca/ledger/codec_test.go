@@ -19,6 +19,8 @@ func samples(t testing.TB) []Body {
 		issue, &Confirm{Number: 4, Serial: issue.Serial, How: "sds-ack", Retires: 2}, h.ca, move(h.ca.ID, StateActive, StateRetired), crl,
 		&Token{ID: "t", SPIFFEID: "spiffe://cluster.local/x", Expires: 77, Reusable: true, By: "uid=0"},
 		&Revoke{Serial: issue.Serial, Number: 4, NotAfter: 99, Reason: "lost", By: "uid=0"},
+		&Waiver{Gate: "clock", From: 1, To: 2, Reason: "test", By: "uid=0"},
+		&Restore{Log: LogID{1}, Incarnation: Hash{2}, Number: 7, Hash: Hash{3}, Next: Hash{4}, Taken: 5, Mark: &Mark{Log: LogID{6}, Number: 9, Hash: Hash{7}, Time: 8}, By: "uid=0"},
 	}
 }
 
@@ -84,6 +86,7 @@ func TestWhatIsNotAnEventIsRefused(t *testing.T) {
 		"nested too deep":       body(append([]byte{0xa1, 0x18, 99}, bytes.Repeat([]byte{0x81}, 40)...)...),
 		"an array of 2^32":      body(0xa1, 0x18, 99, 0x9a, 0xff, 0xff, 0xff, 0xff),
 		"a string of 2^63":      body(0xa1, 3, 0x7b, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff),
+		"a log of three bytes":  envelope{version: 1, typ: TypeRestore, number: 1}.seal([]byte{0xa1, 1, 0x43, 1, 2, 3}),
 		"a hash of three bytes": envelope{version: 1, typ: TypeIssue, number: 1}.seal([]byte{0xa1, 2, 0x43, 1, 2, 3}),
 		"too large":             make([]byte, maxEvent+1),
 	}

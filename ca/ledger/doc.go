@@ -5,5 +5,8 @@
 // by nothing else. So the rules of the log are guards that hold in that commit: an Issue is refused unless its authority
 // is active, its bundle is not below the floor and its join token may still be redeemed.
 //
+// A ledger that comes back from a backup (Snapshot) begins a new log within the same file (Restore), and says from when on it knows
+// everything again. That one was put back without a word is noticed by a Mark outside the file.
+//
 // Start with Open, then Append. A successful Append is durable (I1: recorded before released).
 package ledger

@@ -50,7 +50,7 @@ const (
 	TypeRevoke    Type = 6 // a certificate was revoked
 	TypeWaiver    Type = 7 // an admin vouched for what a gate could not know
 	TypeForce     Type = 8
-	TypeRestore   Type = 9
+	TypeRestore   Type = 9 // a new log begins in a restored file
 	TypeConsumer  Type = 10
 )
 
@@ -177,7 +177,8 @@ type Holder struct {
 }
 
 // Issue records a certificate that was handed out. Appending it is refused unless, in the same commit, its authority is
-// active and not tainted, its bundle exists and is not below the floor, and its join token (if any) may still be redeemed.
+// active and not tainted, its bundle exists and is not below the floor, its join token (if any) may still be redeemed, and the certificate that
+// it replaces is not revoked.
 type Issue struct {
 	Serial      Serial   `cbor:"1,keyasint" json:"serial"`
 	Certificate Hash     `cbor:"2,keyasint" json:"certificate"` // SHA-256 of the DER
@@ -200,10 +201,14 @@ type Issue struct {
 	Peer        string   `cbor:"19,keyasint,omitempty" json:"peer,omitempty"`         // network address of the caller
 	ClampedFrom int64    `cbor:"20,keyasint,omitempty" json:"clamped_from,omitempty"` // seconds that were asked for, when more than granted
 	ClusterID   string   `cbor:"21,keyasint,omitempty" json:"cluster_id,omitempty"`   // the caller's own word, not checked
+	// Supersedes is filled in by the ledger: the number of the issue that the same single-use token got before, 0 for none. From this event on that
+	// certificate authenticates nobody, and is never confirmed. It may be in somebody's hands, so that it counts until it expires.
+	Supersedes uint64 `cbor:"22,keyasint,omitempty" json:"supersedes,omitempty"`
 }
 
 // Confirm records that the holder of an issued certificate was seen to have it: it presented the serial, or acknowledged it.
-// It retires the certificate that the confirmed one replaces from the holdings. Appending it twice is ErrAlready.
+// It retires the certificate that the confirmed one replaces from the holdings, unless that was superseded. Appending it twice is ErrAlready, and
+// for a superseded certificate ErrSuperseded.
 type Confirm struct {
 	Number uint64 `cbor:"1,keyasint" json:"number"` // of the Issue event
 	Serial Serial `cbor:"2,keyasint" json:"serial"`
@@ -268,9 +273,12 @@ type Coverage struct {
 	Since Time   `cbor:"2,keyasint,omitempty" json:"since,omitempty"` //
 }
 
+// Complete says whether the log has every certificate under the authority, whenever it was signed.
+func (c Coverage) Complete() bool { return c.Kind == "complete" }
+
 // Knows says whether the log has every certificate under the authority that was signed at that time.
 func (c Coverage) Knows(signed Time) bool {
-	return c.Kind == "complete" || c.Kind == "since" && signed >= c.Since
+	return c.Complete() || c.Kind == "since" && signed >= c.Since
 }
 
 // Authority records a transition of an authority, and carries the whole authority when it enters the log (From = 0).
@@ -286,7 +294,7 @@ type Authority struct {
 	Record      *Founded `cbor:"8,keyasint,omitempty" json:"authority,omitempty"` // present exactly when From is 0
 }
 
-// Founded is what an authority is from its first day on and never changes.
+// Founded is what an authority is from its first day on. It never changes, but for the coverage, which a Restore cuts short.
 type Founded struct {
 	Kind        string   `cbor:"1,keyasint" json:"kind"` // x509
 	Role        Role     `cbor:"2,keyasint" json:"role"`
@@ -298,7 +306,7 @@ type Founded struct {
 	Coverage    Coverage `cbor:"8,keyasint" json:"coverage"`                    //
 }
 
-// Bundle records a trust bundle: immutable, and numbered from 1 without gaps within a trust domain.
+// Bundle records a trust bundle: immutable, and numbered from 1 within a trust domain, without gaps but for one at each Restore.
 type Bundle struct {
 	TrustDomain string   `cbor:"1,keyasint" json:"trust_domain"`
 	Sequence    uint64   `cbor:"2,keyasint" json:"sequence"`
@@ -337,6 +345,21 @@ type Waiver struct {
 	By     string `cbor:"5,keyasint" json:"by"` // peer credentials of the admin
 }
 
+// Restore begins a new log in a file that comes from a backup, or from a copy of a data folder. It is the first event of its commit; numbers and
+// hash chain go on. What the old log recorded after Number, nobody knows here. So with it every authority that is neither removed nor foreign is
+// covered only since this event, and the join tokens of before are void. The bundle that follows in the same commit leaps ahead of every one
+// that the lost store may have handed out. The ledger fills in all but Taken, Mark and By.
+type Restore struct {
+	Log         LogID  `cbor:"1,keyasint" json:"old_log"`         // that ends; the event's own is the one that begins
+	Incarnation Hash   `cbor:"2,keyasint" json:"old_incarnation"` // of the store that it was in
+	Number      uint64 `cbor:"3,keyasint" json:"last_number"`     // of its last event that is known here
+	Hash        Hash   `cbor:"4,keyasint" json:"last_hash"`       // chain hash after that
+	Next        Hash   `cbor:"5,keyasint" json:"incarnation"`     // of the store from now on
+	Taken       Time   `cbor:"6,keyasint" json:"taken"`           // when the backup was made; of a folder, the time of its last event
+	Mark        *Mark  `cbor:"7,keyasint,omitempty" json:"high_water,omitempty"`
+	By          string `cbor:"8,keyasint" json:"by"` // the admin
+}
+
 // Unknown is the body of an event whose type a later version wrote: kept, hashed and exported, never interpreted.
 type Unknown struct {
 	Of  Type   `json:"-"`
@@ -350,4 +373,5 @@ func (*Bundle) Type() Type    { return TypeBundle }
 func (*Token) Type() Type     { return TypeToken }
 func (*Revoke) Type() Type    { return TypeRevoke }
 func (*Waiver) Type() Type    { return TypeWaiver }
+func (*Restore) Type() Type   { return TypeRestore }
 func (u *Unknown) Type() Type { return u.Of }

@@ -3,7 +3,6 @@ package ledger
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -86,7 +85,7 @@ func (l *Ledger) heal() {
 		}
 		if isDamaged(err) {
 			// What was just read from the disk does not get better by reading it again: that takes an admin, and a restart.
-			l.fault.Store(&fault{err: fmt.Errorf("%w: %w", ErrUnavailable, l.damage(err))})
+			l.fault.Store(&fault{err: fmt.Errorf("%w: %w", ErrUnavailable, damage(l.path, err))})
 			l.o.Logger.Error("the ledger stays faulted", "error", l.Fault())
 			l.drain()
 			<-l.closing
@@ -177,15 +176,11 @@ func (l *Ledger) recover() error {
 
 // room makes sure that size octets can be written to dir, by reserving them for a file that has no name: that asks quotas too.
 func room(dir string, size int64) error {
-	path := filepath.Join(dir, "room"+temporarySuffix)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := nameless(filepath.Join(dir, "room"+temporarySuffix))
 	if err != nil {
 		return fmt.Errorf("looking whether there is room on the disk again: %w", err)
 	}
-	err = os.Remove(path)
-	if err == nil {
-		err = unix.Fallocate(int(f.Fd()), 0, 0, size)
-	}
+	err = unix.Fallocate(int(f.Fd()), 0, 0, size)
 	if errors.Is(err, unix.EOPNOTSUPP) { // some network file systems: a write will show
 		err = nil
 	}

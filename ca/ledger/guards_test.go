@@ -149,6 +149,22 @@ func TestNothingIsRecordedTwice(t *testing.T) {
 	h.clean()
 }
 
+// One commit decides whether a renewal or the revocation of what it renews came first.
+func TestARevokedCertificateIsNotRenewed(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	issue := h.issue()
+	n := h.must(issue)
+	follows := func(i *Issue) { i.Replaces = n }
+	revoke := &Revoke{Serial: issue.Serial, NotAfter: issue.NotAfter, By: "uid=0"}
+	h.must(h.issue(follows))
+	h.refused(ErrRevoked, revoke, h.issue(follows))
+	h.must(h.issue(follows), revoke)
+	h.refused(ErrRevoked, h.issue(follows))
+	h.must(h.issue())
+	h.clean()
+}
+
 func TestAConfirmationRetiresWhatTheCertificateReplaces(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t)
@@ -246,6 +262,66 @@ func TestASingleUseTokenIsSpentOnceButALostResponseStrandsNobody(t *testing.T) {
 	h.clean()
 }
 
+// A token that is redeemed again leaves one certificate that counts, the latest. Those before it may be in somebody's hands until they expire.
+func TestOnlyTheLatestCertificateOfASingleUseTokenIsGood(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	const id = "spiffe://cluster.local/vm/1"
+	h.must(&Token{ID: "t", SPIFFEID: id, Expires: h.clock.at() + 3600, By: "uid=0"}, &Token{ID: "many", SPIFFEID: id, Expires: h.clock.at() + 3600, Reusable: true, By: "uid=0"})
+	superseded := func(n uint64) bool {
+		t.Helper()
+		state, err := h.IssueState(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return state.Superseded
+	}
+	confirm := func(n uint64) *Confirm {
+		return &Confirm{Number: n, Serial: mustIssue(h, n).Serial, How: "client-certificate"}
+	}
+	held := h.must(h.issue(func(i *Issue) { i.SPIFFEID = id }))
+	spend := func(i *Issue) { i.SPIFFEID, i.Token = id, "t" }
+	first := h.must(h.issue(spend, func(i *Issue) { i.Supersedes = held })) // a caller cannot say so
+	second := h.must(h.issue(spend, func(i *Issue) { i.Replaces = held }))  // its caller presented another certificate as well
+	if got := mustIssue(h, first); got.Supersedes != 0 || superseded(held) {
+		t.Errorf("the first redemption supersedes %d", got.Supersedes)
+	}
+	if got := mustIssue(h, second); got.Supersedes != first || got.Replaces != held {
+		t.Errorf("the second redemption supersedes %d and replaces %d, want %d and %d", got.Supersedes, got.Replaces, first, held)
+	}
+	h.refused(ErrSuperseded, confirm(first))
+	h.refused(ErrSuperseded, h.issue(), confirm(first))
+	h.refused(ErrSuperseded, h.issue(spend), confirm(second)) // in one draft it is superseded, too
+	h.reopen()
+	third := h.must(h.issue(spend))
+	for _, n := range []uint64{held, first, second, third} {
+		if want := n == first || n == second; superseded(n) != want {
+			t.Errorf("issue %d is superseded: %t", n, !want)
+		}
+	}
+	h.refused(ErrSuperseded, confirm(second))
+	at := h.must(confirm(third))
+	if e, err := h.Event(context.Background(), at); err != nil || e.Body.(*Confirm).Retires != 0 {
+		t.Errorf("the confirmation retires a certificate that somebody else may have: %+v, %v", e.Body, err)
+	}
+	h.refused(ErrTokenSpent, h.issue(spend))
+	rows, err := h.Holdings()
+	if err != nil || len(rows) != 1 || rows[0].Count != 4 {
+		t.Errorf("holdings %+v, %v: all four may be in use", rows, err)
+	}
+
+	reusable := func(i *Issue) { i.SPIFFEID, i.Token = id, "many" }
+	one := h.must(h.issue(reusable))
+	two := h.must(h.issue(reusable))
+	if superseded(one) || mustIssue(h, two).Supersedes != 0 {
+		t.Error("a reusable token supersedes")
+	}
+	h.must(confirm(one), confirm(two))
+	h.clean()
+	h.reopen()
+	h.clean()
+}
+
 func TestASpentTokenIsNotRedeemedAgain(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
@@ -260,6 +336,12 @@ func TestASpentTokenIsNotRedeemedAgain(t *testing.T) {
 		{"its certificate was confirmed", Token{}, func(h *house, n uint64, issue *Issue) {
 			h.must(&Confirm{Number: n, Serial: issue.Serial, How: "client-certificate"})
 		}, ErrTokenSpent},
+		{"its certificate was revoked", Token{}, func(h *house, n uint64, issue *Issue) {
+			h.must(&Revoke{Serial: issue.Serial, NotAfter: issue.NotAfter, By: "uid=0"})
+		}, ErrTokenSpent},
+		{"another certificate was revoked", Token{}, func(h *house, n uint64, issue *Issue) {
+			h.must(&Revoke{Serial: Serial{9}, NotAfter: issue.NotAfter, By: "uid=0"})
+		}, nil},
 		{"expired", Token{}, func(h *house, n uint64, issue *Issue) { h.clock.advance(time.Hour) }, ErrTokenExpired},
 		{"reusable, much later", Token{Reusable: true}, func(h *house, n uint64, issue *Issue) { h.clock.advance(30 * time.Minute) }, nil},
 		{"reusable, expired", Token{Reusable: true}, func(h *house, n uint64, issue *Issue) { h.clock.advance(time.Hour) }, ErrTokenExpired},

@@ -71,6 +71,7 @@ type Ledger struct {
 	revoked map[string]struct{}
 
 	maintenance chan struct{} // held by Prune and Verify: the front of the log does not move under them
+	copying     chan struct{} // held by Snapshot
 }
 
 // Open opens the ledger in the data folder dir, which exists and is locked by the caller (see Lock), and makes it when the folder
@@ -85,7 +86,7 @@ func Open(dir string, o Options) (*Ledger, error) {
 	}
 	l := &Ledger{
 		o: o, dir: dir, path: filepath.Join(dir, storeFile), queue: make(chan *draft, o.MaxQueue), closing: make(chan struct{}),
-		done: make(chan struct{}), maintenance: make(chan struct{}, 1),
+		done: make(chan struct{}), maintenance: make(chan struct{}, 1), copying: make(chan struct{}, 1),
 	}
 	if err := l.create(); err != nil {
 		return nil, err
@@ -95,7 +96,7 @@ func Open(dir string, o Options) (*Ledger, error) {
 		l.db, err = openStore(l.path, false)
 	}
 	if err != nil {
-		return nil, l.damage(err)
+		return nil, damage(l.path, err)
 	}
 	if page.alone {
 		o.Logger.Warn("one of the two meta pages of the ledger is damaged: a write was cut short, or the disk is failing. "+
@@ -107,7 +108,7 @@ func Open(dir string, o Options) (*Ledger, error) {
 		return err
 	})
 	if err != nil {
-		return nil, errors.Join(l.damage(err), l.db.Close())
+		return nil, errors.Join(damage(l.path, err), l.db.Close())
 	}
 	l.head, l.revoked = s.head, s.revoked
 	go l.write()
@@ -126,8 +127,8 @@ func (l *Ledger) create() error {
 	case formatErr != nil && !errors.Is(formatErr, fs.ErrNotExist):
 		return fmt.Errorf("opening the ledger: %w", formatErr)
 	case err != nil && formatErr == nil:
-		return fmt.Errorf("the data folder %s was in use, and its ledger is gone: %w; restore %s from a backup, or begin with an empty folder",
-			l.dir, err, storeFile)
+		return fmt.Errorf("the data folder %s was in use, and its ledger is gone: %w; make a new folder from a backup with 'kedge restore', or begin with an empty one",
+			l.dir, err)
 	case err != nil:
 		if err := createStore(l.path, l.o.TrustDomain); err != nil {
 			return fmt.Errorf("making the ledger %s: %w", l.path, err)
@@ -137,12 +138,12 @@ func (l *Ledger) create() error {
 }
 
 // damage tells what to do about a file that cannot be opened.
-func (l *Ledger) damage(err error) error {
+func damage(path string, err error) error {
 	if isDamaged(err) {
-		return fmt.Errorf("the ledger %s is damaged: %w; it is not repaired by itself: stop here, keep the file, and restore the data folder from a backup",
-			l.path, err)
+		return fmt.Errorf("the ledger %s is damaged: %w; it is not repaired by itself: stop here, keep the file, and make a new data folder from a backup with 'kedge restore'",
+			path, err)
 	}
-	return fmt.Errorf("opening the ledger %s: %w", l.path, err)
+	return fmt.Errorf("opening the ledger %s: %w", path, err)
 }
 
 func (o *Options) complete() error {
@@ -199,8 +200,8 @@ func (l *Ledger) Head() Head {
 // Append records events: all of them, next to each other in one commit, or none. It returns the number of the first once they are
 // durable, and does not change them: what the ledger fills in is in the stored event only.
 //
-// A refusal wraps ErrNotActive, ErrBelowFloor, ErrNotFound, ErrTokenUnknown, ErrTokenExpired, ErrTokenSpent, ErrAlready or ErrConflict, and takes no
-// number. ErrBusy and ErrClosed mean that nothing was recorded; so does the error of ctx without ErrUnavailable: ctx ended before a commit
+// A refusal wraps ErrNotActive, ErrBelowFloor, ErrNotFound, ErrTokenUnknown, ErrTokenExpired, ErrTokenSpent, ErrRevoked, ErrSuperseded, ErrAlready or
+// ErrConflict, and takes no number. ErrBusy and ErrClosed mean that nothing was recorded; so does the error of ctx without ErrUnavailable: ctx ended before a commit
 // took the events. After ErrUnavailable they may turn out to be recorded, as when a connection breaks: a failed fsync leaves that open, and
 // so does a ctx that ends before the commit does.
 func (l *Ledger) Append(ctx context.Context, events ...Body) (first uint64, err error) {
@@ -213,6 +214,9 @@ func (l *Ledger) Append(ctx context.Context, events ...Body) (first uint64, err 
 	d := &draft{bodies: events, encoded: make([][]byte, len(events)), done: make(chan struct{})}
 	size := 0
 	for i, event := range events {
+		if _, ok := event.(*Restore); ok {
+			return 0, errors.New("appending to the ledger: a restore event is not appended: see Ledger.Restore")
+		}
 		if d.encoded[i], err = encodeBody(event); err != nil {
 			return 0, fmt.Errorf("appending to the ledger: %w", err)
 		}

@@ -33,10 +33,7 @@ func Lock(dir string) (release func() error, err error) {
 		return nil, fmt.Errorf("%w: %s holds %s; one data folder serves one CA: stop that process, or give this one a folder of its own",
 			ErrLocked, holder, dir)
 	}
-	if err := writePID(f); err != nil {
-		f.Close() // the error before it is the one to report
-		return nil, fmt.Errorf("locking the data folder %s: %w", dir, err)
-	}
+	_ = writePID(f) // it holds without: a full disk keeps nobody out, and a second process is then told of "another process"
 	return f.Close, nil
 }
 

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -9,9 +10,11 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/fxamacker/cbor/v2"
 	bolt "go.etcd.io/bbolt"
 )
 
@@ -254,7 +257,7 @@ func TestALostLedgerIsNotReplacedByAnEmptyOne(t *testing.T) {
 	if err := os.Remove(filepath.Join(h.dir, storeFile)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(h.dir, h.o); err == nil || !strings.Contains(err.Error(), "restore ledger.db from a backup") {
+	if _, err := Open(h.dir, h.o); err == nil || !strings.Contains(err.Error(), "from a backup with 'kedge restore'") {
 		t.Errorf("Open: %v", err)
 	}
 }
@@ -305,6 +308,10 @@ func TestAFolderOfALaterFormatIsRefused(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(h.dir, formatFile), []byte(test.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
+			before, err := os.ReadFile(filepath.Join(h.dir, storeFile))
+			if err != nil {
+				t.Fatal(err)
+			}
 			l, err := Open(h.dir, h.o)
 			if test.want == "" {
 				if err != nil {
@@ -318,7 +325,63 @@ func TestAFolderOfALaterFormatIsRefused(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) || !strings.Contains(err.Error(), h.dir) {
 				t.Errorf("Open: %v, want an error with %q", err, test.want)
 			}
+			if after, err := os.ReadFile(filepath.Join(h.dir, storeFile)); err != nil || !bytes.Equal(before, after) {
+				t.Errorf("a folder that was refused was changed (%v)", err)
+			}
 		})
+	}
+}
+
+// TestAnUpgradeIsRolledBack plays a later version, whose format this one can read: it added a type of event, and a field to another.
+func TestAnUpgradeIsRolledBack(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	old := h.must(h.issue())
+	later := func(step func(*batch) error) {
+		t.Helper()
+		if err := h.submit(t.Context(), &draft{step: step, done: make(chan struct{})}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	newType := must(encoding.Marshal(map[int]string{1: "a waiver"}))
+	later(func(b *batch) error {
+		_, err := b.store(200, newType)
+		return err
+	})
+	issue := h.issue()
+	var fields map[int]cbor.RawMessage
+	if err := decoding.Unmarshal(must(encodeBody(issue)), &fields); err != nil {
+		t.Fatal(err)
+	}
+	fields[99] = must(encoding.Marshal("what this version does not know"))
+	newField := must(encoding.Marshal(fields))
+	later(func(b *batch) error { return b.issue(issue, newField) })
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	format, statement := filepath.Join(h.dir, formatFile), `{"format":3,"oldest_reader_format":1,"oldest_reader":"0.1.0","written_by":"0.9.0","reason":"waivers"}`
+	if err := os.WriteFile(format, []byte(statement), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	h.open()
+	h.must(h.issue())
+	h.must(&Revoke{Serial: issue.Serial, Number: old + 2, NotAfter: issue.NotAfter, By: "test"})
+	event, err := h.Event(t.Context(), old+1)
+	if unknown, ok := event.Body.(*Unknown); err != nil || !ok || !bytes.Equal(unknown.Raw, newType) {
+		t.Errorf("the event of a new type is %+v (%v)", event.Body, err)
+	}
+	event, err = h.Event(t.Context(), old+2)
+	if read, ok := event.Body.(*Issue); err != nil || !ok || !slices.Equal(read.Serial, issue.Serial) {
+		t.Errorf("the issue with a new field is %+v (%v)", event.Body, err)
+	}
+	h.clean()
+	if report := h.prune(h.clock.Now().Add(1000 * day)); report.First != old+1 {
+		t.Errorf("the log begins with %d after pruning, and for how long event %d matters only the later version knows", report.First, old+1)
+	}
+	h.clean()
+	if text, err := os.ReadFile(format); err != nil || string(text) != statement {
+		t.Errorf("format.json says %s (%v), so that the later version would take the folder for one of this one", text, err)
 	}
 }
 

@@ -34,7 +34,8 @@ type commitSpan struct {
 	first uint64
 	count uint64
 	bytes int
-	hash  Hash // after it
+	hash  Hash  // after it
+	log   LogID // of its events
 }
 
 // Prune drops whole commits from the front of the log, while every event in them is past its relevance by the retention time:
@@ -116,7 +117,7 @@ func (l *Ledger) pruneEvents(ctx context.Context, until Time, report *PruneRepor
 	}
 }
 
-// droppable finds the commits at the front that may go, up to an archive file's worth, and the chain hash before them.
+// droppable finds the commits of one log at the front that may go, up to an archive file's worth, and the chain hash before them.
 func (l *Ledger) droppable(ctx context.Context, until Time) (before Hash, spans []commitSpan, err error) {
 	var events uint64
 	var size int
@@ -151,7 +152,8 @@ func (l *Ledger) droppable(ctx context.Context, until Time) (before Hash, spans 
 				if err != nil {
 					return err
 				}
-				if more = past && events < archiveEvents && size < archiveBytes; more {
+				more = past && events < archiveEvents && size < archiveBytes && (len(spans) == 0 || span.log == spans[0].log)
+				if more {
 					spans = append(spans, span)
 					events, size, next, read = events+span.count, size+span.bytes, next+span.count, read+span.count
 				}
@@ -179,6 +181,7 @@ func (l *Ledger) past(tx *bolt.Tx, span *commitSpan, until Time) (bool, error) {
 			return false, nil
 		}
 		span.bytes += len(raw)
+		span.log = e.Log
 	}
 	return true, nil
 }
@@ -297,16 +300,17 @@ func (b *batch) dropRows(name []byte, keys [][]byte, until Time) error {
 // archive makes sure that the commits are in a durable file, and returns it with the number of the last event that it holds. A file
 // that a Prune before a crash had completed is verified and used as it is.
 func (l *Ledger) archive(ctx context.Context, before Hash, spans []commitSpan) (path string, last uint64, err error) {
-	head, end := l.Head(), spans[len(spans)-1]
-	path, ok, err := archived(l.o.ArchiveDir, head.Log, spans[0].first)
+	log, end := spans[0].log, spans[len(spans)-1]
+	path, ok, err := archived(l.o.ArchiveDir, log, spans[0].first)
 	if err != nil {
 		return "", 0, err
 	}
 	if !ok {
 		last = end.first + end.count - 1
-		path = filepath.Join(l.o.ArchiveDir, archiveName(head.Log, spans[0].first, last))
-		header := archiveHeader{
-			Log: head.Log, Incarnation: head.Incarnation, TrustDomain: l.o.TrustDomain, First: spans[0].first, Last: last, Before: before,
+		path = filepath.Join(l.o.ArchiveDir, archiveName(log, spans[0].first, last))
+		header := archiveHeader{Log: log, TrustDomain: l.o.TrustDomain, First: spans[0].first, Last: last, Before: before}
+		if header.Incarnation, err = l.incarnation(log); err != nil {
+			return "", 0, err
 		}
 		err = writeFile(path, func(w io.Writer) error { return l.writeArchive(ctx, w, header, spans) })
 		return path, last, err
@@ -329,6 +333,26 @@ func (l *Ledger) archive(ctx context.Context, before Hash, spans []commitSpan) (
 	}
 	// The run that made the file may have ended before its name was durable.
 	return path, last, syncDir(l.o.ArchiveDir)
+}
+
+// incarnation is that of the store when a log of this file was written.
+func (l *Ledger) incarnation(log LogID) (incarnation Hash, err error) {
+	err = l.view(func(tx *bolt.Tx) error {
+		head, err := readHead(tx)
+		if err != nil || head.Log == log {
+			incarnation = head.Incarnation
+			return err
+		}
+		ended, err := restoreOf(tx, func(r *Restore) bool { return r.Log == log })
+		if err == nil && ended == nil {
+			err = damaged{fmt.Errorf("the log %s ends without a restore; run 'kedge ledger verify'", log)}
+		}
+		if err == nil {
+			incarnation = ended.Incarnation
+		}
+		return err
+	})
+	return incarnation, err
 }
 
 func (l *Ledger) writeArchive(ctx context.Context, w io.Writer, header archiveHeader, spans []commitSpan) error {

@@ -48,13 +48,15 @@ type Holding struct {
 
 // IssueState says what became of an issue. Of an event that was pruned nothing is known.
 type IssueState struct {
-	Confirmed bool `json:"confirmed"` // its holder was seen to have it
-	Retired   bool `json:"retired"`   // its successor was confirmed
+	Confirmed  bool `json:"confirmed"`  // its holder was seen to have it
+	Retired    bool `json:"retired"`    // its successor was confirmed
+	Superseded bool `json:"superseded"` // the join token that it spent was redeemed again
 }
 
 const (
-	settledConfirmed = 1
-	settledRetired   = 2
+	settledConfirmed  = 1
+	settledRetired    = 2
+	settledSuperseded = 4
 )
 
 // The rows of the tables, as they are stored.
@@ -224,7 +226,7 @@ func (l *Ledger) Redeemable(id string) error {
 	})
 }
 
-// IssueState says whether an issue was confirmed or retired. The error wraps ErrNotFound when the event is not in the log, or is no issue.
+// IssueState says whether an issue was confirmed, retired or superseded. The error wraps ErrNotFound when the event is not in the log, or is no issue.
 func (l *Ledger) IssueState(n uint64) (s IssueState, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
 		raw := tx.Bucket(bucketEvents).Get(number(n))
@@ -244,7 +246,9 @@ func decodeSettled(value []byte) IssueState {
 	if len(value) != 1 {
 		return IssueState{}
 	}
-	return IssueState{Confirmed: value[0]&settledConfirmed != 0, Retired: value[0]&settledRetired != 0}
+	return IssueState{
+		Confirmed: value[0]&settledConfirmed != 0, Retired: value[0]&settledRetired != 0, Superseded: value[0]&settledSuperseded != 0,
+	}
 }
 
 // Revoked says whether a certificate was revoked. It is answered from memory, and cheap enough for every request.

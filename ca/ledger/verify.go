@@ -67,11 +67,17 @@ type replay struct {
 	done     bool
 
 	started bool
-	first   uint64 // of the log
+	first   uint64 // of the file
+	anchor  Hash   // before it
 	next    uint64 // to be read
 	hash    Hash   // of the commits so far
 	time    Time   // of the last event
 	horizon Time   // rows that ended until then may have been dropped
+
+	log         LogID  // of the events that are being read; zero before the first
+	incarnation Hash   // of the store then; zero when that is not known, as in the first log of the file
+	restored    Event  // the latest restore; its number is 0 when there was none
+	sequence    uint64 // of the latest trust bundle; 0: none was read
 
 	holdings           map[holdingKey]holdingRow
 	authorities        map[Hash]*authorityReplay
@@ -79,6 +85,7 @@ type replay struct {
 	tokens             map[string]*tokenRow
 	revoked            map[string]Time
 	confirmed, retired uint64 // marks that the table must have
+	superseded         uint64
 }
 
 type authorityReplay struct {
@@ -102,10 +109,7 @@ func (r *replay) step(tx *bolt.Tx) error {
 		meta := tx.Bucket(bucketMeta)
 		r.started, r.first, r.next = true, head.First, head.First
 		r.hash, r.horizon = Hash(meta.Get(keyAnchor)[8:]), Time(toNumber(meta.Get(keyHorizon)))
-		if genesis := genesisHash(head.Incarnation, head.Log); head.First == 1 && r.hash != genesis {
-			r.problem("the log does not begin with the hash of its incarnation")
-			r.hash = genesis
-		}
+		r.anchor = r.hash
 		r.report.FirstNumber, r.report.LastNumber = head.First, head.First-1
 		if key, _ := tx.Bucket(bucketEvents).Cursor().First(); key != nil && toNumber(key) < head.First {
 			r.problem("event %d lies before the first of the log, %d", toNumber(key), head.First)
@@ -143,7 +147,7 @@ func (r *replay) step(tx *bolt.Tx) error {
 				continue
 			}
 			raws = append(raws, raw)
-			r.event(tx, head, n, raw)
+			r.event(tx, n, raw)
 			eventKey, raw = events.Next()
 		}
 		if got := commitHash(r.hash, raws); got != hash {
@@ -160,6 +164,10 @@ func (r *replay) step(tx *bolt.Tx) error {
 		return nil
 	}
 	r.done = true
+	if r.log == (LogID{}) { // no event is left
+		r.log = head.Log
+	}
+	r.endLog(head.Log, head.Incarnation, "the head")
 	if r.next != head.Number+1 {
 		r.problem("the commits end with event %d, and the head says %d", r.next-1, head.Number)
 	}
@@ -173,13 +181,18 @@ func (r *replay) step(tx *bolt.Tx) error {
 }
 
 // event checks one event and applies it.
-func (r *replay) event(tx *bolt.Tx, head Head, n uint64, raw []byte) {
+func (r *replay) event(tx *bolt.Tx, n uint64, raw []byte) {
 	e, err := DecodeEvent(raw)
 	if err != nil {
 		r.problem("event %d cannot be read: %v", n, err)
 		return
 	}
-	if e.Number != n || e.Log != head.Log {
+	if body, ok := e.Body.(*Restore); ok && n == r.next { // anywhere else it begins no log
+		r.restore(e, body)
+	} else if r.log == (LogID{}) {
+		r.log = e.Log
+	}
+	if e.Number != n || e.Log != r.log {
 		r.problem("event %d says that it is event %d of log %s", n, e.Number, e.Log)
 	}
 	if e.Time < r.time {
@@ -188,7 +201,7 @@ func (r *replay) event(tx *bolt.Tx, head Head, n uint64, raw []byte) {
 	r.time = e.Time
 	switch body := e.Body.(type) {
 	case *Issue:
-		r.issue(n, e.Time, body)
+		r.issue(tx, n, e.Time, body)
 	case *Confirm:
 		r.confirm(tx, n, body)
 	case *Authority:
@@ -202,7 +215,37 @@ func (r *replay) event(tx *bolt.Tx, head Head, n uint64, raw []byte) {
 	}
 }
 
-func (r *replay) issue(n uint64, at Time, issue *Issue) {
+// restore lets a new log begin: it must go on from where the one before ended.
+func (r *replay) restore(e Event, body *Restore) {
+	if r.log == (LogID{}) { // the log before was pruned
+		r.log = body.Log
+	}
+	about := fmt.Sprintf("the restore of event %d", e.Number)
+	r.endLog(body.Log, body.Incarnation, about)
+	if body.Number != e.Number-1 || body.Hash != r.hash {
+		r.problem("%s goes on from event %d with the hash %s, and before it is event %d with %s", about, body.Number, body.Hash, e.Number-1, r.hash)
+	}
+	r.log, r.incarnation, r.restored = e.Log, body.Next, e
+	for _, a := range r.authorities {
+		a.row.cut(e.Time)
+	}
+	clear(r.tokens)
+}
+
+// endLog compares the log that ends with what is said of it, and the beginning of the file with its incarnation if it began there.
+func (r *replay) endLog(log LogID, incarnation Hash, says string) {
+	if r.log != log {
+		r.problem("the events up to %d are of log %s, and %s says %s", r.next-1, r.log, says, log)
+	}
+	if !r.incarnation.IsZero() && r.incarnation != incarnation {
+		r.problem("the events up to %d are of the incarnation %s, and %s says %s", r.next-1, r.incarnation, says, incarnation)
+	}
+	if r.restored.Number == 0 && r.first == 1 && r.anchor != genesisHash(incarnation, log) {
+		r.problem("the log does not begin with the hash of its incarnation")
+	}
+}
+
+func (r *replay) issue(tx *bolt.Tx, n uint64, at Time, issue *Issue) {
 	if key := holdingOf(issue); key.end() > r.horizon {
 		row := r.holdings[key]
 		row.count++
@@ -212,8 +255,30 @@ func (r *replay) issue(n uint64, at Time, issue *Issue) {
 	if a := r.authorities[issue.Authority]; a != nil && (a.row.State != StateActive || a.row.Tainted) {
 		r.problem("event %d issues under the authority %s, which was not active then", n, issue.Authority)
 	}
-	if token := r.tokens[issue.Token]; token != nil {
+	token := r.tokens[issue.Token]
+	if issue.Supersedes != 0 {
+		r.supersede(tx, n, issue, token)
+	}
+	if token != nil {
 		token.redeem(n, at)
+	}
+}
+
+// supersede checks that an issue supersedes the one that its token got before. token is nil when its event was pruned.
+func (r *replay) supersede(tx *bolt.Tx, n uint64, issue *Issue, token *tokenRow) {
+	if token != nil && (token.Token.Reusable || token.Last != issue.Supersedes) {
+		r.problem("event %d supersedes issue %d, and the join token %q got %d before", n, issue.Supersedes, issue.Token, token.Last)
+	}
+	if issue.Supersedes < r.first {
+		return
+	}
+	r.superseded++
+	before, err := (&batch{l: r.l, tx: tx}).findIssue(issue.Supersedes)
+	if err != nil || before == nil || issue.Supersedes >= n || before.Token != issue.Token {
+		r.problem("event %d supersedes issue %d, which is no such issue", n, issue.Supersedes)
+	}
+	if !decodeSettled(r.l.table(tx, bucketSettled).Get(number(issue.Supersedes))).Superseded {
+		r.problem("event %d supersedes issue %d, and the table does not say so", n, issue.Supersedes)
 	}
 }
 
@@ -275,6 +340,11 @@ func (r *replay) authority(n uint64, at Time, event *Authority) {
 }
 
 func (r *replay) bundle(tx *bolt.Tx, n uint64, at Time, event *Bundle) {
+	leap := r.restored.Number == n-1
+	if r.sequence != 0 && event.Sequence != r.sequence+1 && !(leap && event.Sequence > r.sequence) {
+		r.problem("trust bundle %d of event %d does not follow on %d", event.Sequence, n, r.sequence)
+	}
+	r.sequence = event.Sequence
 	r.bundles[event.Sequence] = true
 	want, err := encoding.Marshal(bundleRow{Bundle: *event, Time: at, Number: n})
 	if err != nil || !bytes.Equal(want, r.l.table(tx, bucketBundles).Get(number(event.Sequence))) {
@@ -322,8 +392,9 @@ func (r *replay) compare(tx *bolt.Tx) error {
 			r.problem("the table has no revocation of the serial %s", Serial(serial))
 		}
 	}
-	if r.confirmed != 0 || r.retired != 0 {
-		r.problem("the marks of confirmed and retired issues are not those of the log: %d and %d differ", int64(r.confirmed), int64(r.retired))
+	if r.confirmed != 0 || r.retired != 0 || r.superseded != 0 {
+		r.problem("the marks of confirmed, retired and superseded issues are not those of the log: %d, %d and %d differ",
+			int64(r.confirmed), int64(r.retired), int64(r.superseded))
 	}
 	var floor uint64
 	if _, value := r.l.table(tx, bucketBundles).Cursor().Last(); value != nil {
@@ -380,6 +451,9 @@ func (r *replay) compareAuthority(key, value []byte) error {
 	case a.row.State != row.State || (a.row.Tainted && !row.Tainted):
 		r.problem("authority %s is %s in the table, and %s after its events", id, row.State, a.row.State)
 	}
+	if c := row.Founded.Coverage; row.Number < r.restored.Number && row.State != StateRemoved && c.Knows(r.restored.Time) {
+		r.problem("authority %s is covered %s since %s in the table, and not before the restore of event %d", id, c.Kind, c.Since, r.restored.Number)
+	}
 	return nil
 }
 
@@ -435,6 +509,12 @@ func (r *replay) compareSettled(key, value []byte) error {
 	}
 	if state.Retired {
 		r.retired--
+	}
+	if state.Superseded {
+		r.superseded--
+	}
+	if state.Superseded && state.Confirmed {
+		r.problem("issue %d is superseded, and was confirmed", toNumber(key))
 	}
 	return nil
 }

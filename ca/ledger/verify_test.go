@@ -14,14 +14,15 @@ import (
 func fill(t *testing.T) *house {
 	h := newHouse(t)
 	token := &Token{ID: "t", SPIFFEID: "spiffe://cluster.local/vm", Expires: h.clock.at() + 60000, By: "uid=0"}
-	n := h.must(h.issue(), token, h.issue(func(i *Issue) { i.Token, i.SPIFFEID = "t", token.SPIFFEID }), &Revoke{Serial: Serial{5}, NotAfter: h.clock.at() + 60000})
+	spend := func(i *Issue) { i.Token, i.SPIFFEID = "t", token.SPIFFEID }
+	n := h.must(h.issue(), token, h.issue(spend), &Revoke{Serial: Serial{5}, NotAfter: h.clock.at() + 60000})
 	e, err := h.Event(context.Background(), n)
 	if err != nil {
 		t.Fatal(err)
 	}
 	next := h.issue(func(i *Issue) { i.Replaces = n })
 	m := h.must(&Confirm{Number: n, Serial: e.Body.(*Issue).Serial, How: "sds-ack"}, next) + 1
-	h.must(&Confirm{Number: m, Serial: next.Serial, How: "sds-ack"}, founding("x", RoleIssuing, StatePrepared), bundle(2, 1))
+	h.must(&Confirm{Number: m, Serial: next.Serial, How: "sds-ack"}, founding("x", RoleIssuing, StatePrepared), bundle(2, 1), h.issue(spend))
 	for h.Head().Number < 2*headEvents {
 		var bodies []Body
 		for range maxDraft {
@@ -117,6 +118,14 @@ func TestVerifyFindsWhatWasTamperedWith(t *testing.T) {
 		{"an added revocation", inTable(bucketRevoked, func(b *bolt.Bucket, _, value []byte) error { return b.Put([]byte{6}, value) }), "revocation of the serial 06"},
 		{"a removed mark", inTable(bucketSettled, remove), "the table does not say so"},
 		{"an added mark", inTable(bucketSettled, func(b *bolt.Bucket, _, _ []byte) error { return b.Put(number(1000), []byte{3}) }), "marks of confirmed"},
+		{"a superseded certificate made good", inTable(bucketSettled, func(b *bolt.Bucket, _, _ []byte) error { return b.Delete(number(6)) }),
+			"supersedes issue 6, and the table does not say so"},
+		{"a good certificate made superseded", inTable(bucketSettled, func(b *bolt.Bucket, _, _ []byte) error {
+			return b.Put(number(1000), []byte{settledSuperseded})
+		}), "marks of confirmed, retired and superseded"},
+		{"a superseded certificate made confirmed", inTable(bucketSettled, func(b *bolt.Bucket, _, _ []byte) error {
+			return b.Put(number(6), []byte{settledSuperseded | settledConfirmed})
+		}), "issue 6 is superseded, and was confirmed"},
 		{"a lowered floor", func(tx *bolt.Tx) error {
 			return tx.Bucket(bucketTrustDomains).Bucket([]byte(domain)).Put(keyFloor, number(0))
 		}, "the floor is 0"},

@@ -40,7 +40,7 @@ func newAuthorityTaintCommand(t *target) *cobra.Command {
 	var asJSON bool
 	var reason string
 	c := &cobra.Command{
-		Use: "taint ID --reason TEXT", Short: "Say that an issuing CA's key is compromised, for good", Args: cobra.ExactArgs(1),
+		Use: "taint ID --reason TEXT", Short: "Say that an issuing CA's key is compromised, for good", Args: arguments("ID"),
 		Long: `Mark an issuing CA as compromised. From then on nothing is issued under it, and client certificates under it authenticate nobody to this CA:
 their holders need a token. If it is the one that signs, a new one takes over at once. What it issued still verifies among workloads
 until it expires. ID is the authority's id, or the beginning of it. There is no way back.`,
@@ -74,7 +74,7 @@ until it expires. ID is the authority's id, or the beginning of it. There is no 
 func newAuthorityListCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "list", Short: "List the authorities with their states", Args: cobra.NoArgs,
+		Use: "list", Short: "List the authorities with their states", Args: arguments(),
 		Long: `List every authority that the ledger knows. A prepared one is trusted and not signing yet, the active one signs, a retired one is
 trusted because certificates under it are still alive, a removed one is history.`,
 		RunE: func(c *cobra.Command, _ []string) error {

@@ -16,7 +16,7 @@ func newBundleShowCommand(t *target) *cobra.Command {
 	var asJSON bool
 	var format string
 	c := &cobra.Command{
-		Use: "show", Short: "Show the trust bundle", Args: cobra.NoArgs,
+		Use: "show", Short: "Show the trust bundle", Args: arguments(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			if format != "" && format != "pem" && format != "spiffe" {
 				return usageError{fmt.Errorf("--format %q is neither pem nor spiffe", format)}

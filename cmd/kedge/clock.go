@@ -10,7 +10,7 @@ func newClockCommand(t *target) *cobra.Command {
 	c := &cobra.Command{Use: "clock", Short: "The clock that steps wait for which cannot be taken back"}
 	var asJSON bool
 	confirm := &cobra.Command{
-		Use: "confirm", Short: "Say that this machine's clock is right", Args: cobra.NoArgs,
+		Use: "confirm", Short: "Say that this machine's clock is right", Args: arguments(),
 		Long: `After a jump of the clock, or a reboot without any token from outside, the CA goes on issuing but prunes and removes nothing, since it
 cannot know how much time has really passed. 'kedge doctor' says so. Look at the clock; if it is right, say so with this command.`,
 		RunE: func(c *cobra.Command, _ []string) error {

@@ -18,7 +18,7 @@ func newConfigCommand(t *target) *cobra.Command {
 func newConfigCheckCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "check", Short: "Say everything that is wrong with the configuration", Args: cobra.NoArgs,
+		Use: "check", Short: "Say everything that is wrong with the configuration", Args: arguments(),
 		Long: `Read the configuration that --config names as 'kedge serve' would, and say everything that is wrong with it. Exit code 2 when 'kedge serve' would refuse it.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			cfg, err := t.load()
@@ -71,7 +71,7 @@ func printVerdict(c *cobra.Command, warnings []string, err error) error {
 func newConfigPrintCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "print", Short: "Print the configuration with every default filled in", Args: cobra.NoArgs,
+		Use: "print", Short: "Print the configuration with every default filled in", Args: arguments(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			cfg, err := t.load()
 			if err != nil {

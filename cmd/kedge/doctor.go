@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"kedge/ca/ledger"
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 )
@@ -39,11 +40,14 @@ const lowSpace = 256 << 20 // octets
 func newDoctorCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "doctor", Short: "Say what is wrong with this setup and how to mend it", Args: cobra.NoArgs,
+		Use: "doctor", Short: "Say what is wrong with this setup and how to mend it", Args: arguments(),
 		Long: `Look at the configuration, the data folder and the running CA, and say of each thing whether it is good, and if not, what to do. Exit code 4
 when something is wrong. It changes nothing.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			findings := examine(c.Context(), t)
+			if c.Context().Err() != nil {
+				return context.Cause(c.Context()) // what was found by then is no examination
+			}
 			var ill bool
 			for _, f := range findings {
 				ill = ill || f.State == wrong
@@ -203,7 +207,7 @@ func examineRunning(ctx context.Context, t *target, cfg *config.Config) []findin
 			}
 			_ = l.Close() // it was only tried
 		}
-		return all
+		return append(all, examineLedger(cfg)...)
 	}
 	if err != nil {
 		return []finding{{subject, wrong, err.Error(), "run this command as the CA's user or root"}}
@@ -225,4 +229,36 @@ func examineRunning(ctx context.Context, t *target, cfg *config.Config) []findin
 			"for istio-agents name the cluster's issuer under callers.tokenIssuers"})
 	}
 	return all
+}
+
+// examineLedger looks at the ledger of a CA that does not run: whether it would be served.
+func examineLedger(cfg *config.Config) []finding {
+	const about = "ledger"
+	dir, err := filepath.Abs(cfg.DataDir)
+	if err != nil {
+		return []finding{{about, wrong, err.Error(), ""}}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "ledger.db")); errors.Is(err, fs.ErrNotExist) {
+		return nil // the folder was not used yet, or 'kedge serve' says that it is lost
+	}
+	var known *ledger.Mark
+	mark, err := ledger.ReadMark(cfg.HighWaterFile())
+	switch {
+	case err == nil:
+		known = &mark
+	case !errors.Is(err, fs.ErrNotExist):
+		return []finding{{about, wrong, err.Error(), ""}}
+	}
+	seen, err := ledger.Look(dir, version, known)
+	switch {
+	case errors.Is(err, ledger.ErrPutBack):
+		return []finding{{about, wrong, err.Error(), mendPutBack(dir, cfg.HighWaterFile())}}
+	case err != nil:
+		return []finding{{about, wrong, err.Error(), ""}}
+	}
+	found := []finding{{about, good, fmt.Sprintf("%d events, the last of %s", seen.Head.Number, people(seen.Head.Time.Time())), ""}}
+	if known == nil {
+		found = append(found, finding{"high-water mark", note, cfg.HighWaterFile() + " is not there: nothing tells whether the ledger is an older copy of itself", "'kedge serve' makes it anew"})
+	}
+	return found
 }

@@ -28,7 +28,7 @@ type filterFlags struct {
 }
 
 func (f *filterFlags) add(c *cobra.Command) {
-	c.Flags().StringSliceVar(&f.types, "type", nil, "only these types: issue, confirm, authority, bundle, token, revoke, waiver")
+	c.Flags().StringSliceVar(&f.types, "type", nil, "only these types: issue, confirm, authority, bundle, token, revoke, waiver, restore")
 	c.Flags().StringVar(&f.id, "spiffe-id", "", "only this SPIFFE ID; a path such as ns/default/sa/web will do")
 	c.Flags().StringVar(&f.serial, "serial", "", "only the certificate with this serial number, in hex")
 	c.Flags().StringVar(&f.issuer, "issuer", "", "only what this authority signed: its id, or the beginning of it")
@@ -97,7 +97,7 @@ func newLedgerListCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	var asJSON, oldest bool
 	c := &cobra.Command{
-		Use: "list", Short: "List events, the newest first", Args: cobra.NoArgs,
+		Use: "list", Short: "List events, the newest first", Args: arguments(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -153,7 +153,11 @@ func describe(e admin.Event) string {
 		for _, proof := range e.Issue.Proofs {
 			by += " " + proof.Method
 		}
-		return fmt.Sprintf("%s  serial %s  until %s  by%s", who, e.Issue.Serial, e.Issue.NotAfter, by)
+		text := fmt.Sprintf("%s  serial %s  until %s  by%s", who, e.Issue.Serial, e.Issue.NotAfter, by)
+		if e.Issue.Supersedes > 0 {
+			text += fmt.Sprintf("  supersedes number %d", e.Issue.Supersedes)
+		}
+		return text
 	case e.Confirm != nil:
 		return fmt.Sprintf("the holder has number %d (%s)", e.Confirm.Number, e.Confirm.How)
 	case e.Authority != nil:
@@ -173,6 +177,8 @@ func describe(e admin.Event) string {
 		return fmt.Sprintf("serial %s  by %s  (%s)", e.Revoke.Serial, e.Revoke.By, e.Revoke.Reason)
 	case e.Waiver != nil:
 		return fmt.Sprintf("%s: %s → %s  by %s", e.Waiver.Gate, e.Waiver.From, e.Waiver.To, e.Waiver.By)
+	case e.Restore != nil:
+		return fmt.Sprintf("log %s begins, after number %d of log %s, as of %s  by %s", e.Log, e.Restore.Number, e.Restore.Log, e.Restore.Taken, e.Restore.By)
 	}
 	return "(of a later version: see --json)"
 }
@@ -180,7 +186,7 @@ func describe(e admin.Event) string {
 func newLedgerShowCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "show NUMBER|SERIAL", Short: "Show one event, by its number or by a certificate's serial", Args: cobra.ExactArgs(1),
+		Use: "show NUMBER|SERIAL", Short: "Show one event, by its number or by a certificate's serial", Args: arguments("NUMBER|SERIAL"),
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -254,6 +260,9 @@ func showEvent(c *cobra.Command, e admin.Event) error {
 	if i.Replaces > 0 {
 		table.row("replaces", fmt.Sprintf("number %d", i.Replaces))
 	}
+	if i.Supersedes > 0 {
+		table.row("supersedes", fmt.Sprintf("number %d, which the same join token got", i.Supersedes))
+	}
 	if i.ClampedFrom > 0 {
 		table.row("asked for", (time.Duration(i.ClampedFrom) * time.Second).String())
 	}
@@ -270,7 +279,7 @@ func newLedgerCountCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "count", Short: "Count events", Args: cobra.NoArgs,
+		Use: "count", Short: "Count events", Args: arguments(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -299,7 +308,7 @@ func newLedgerCountCommand(t *target) *cobra.Command {
 func newLedgerVerifyCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use: "verify", Short: "Check the hash chain of the whole ledger, and that its tables follow from it", Args: cobra.NoArgs,
+		Use: "verify", Short: "Check the hash chain of the whole ledger, and that its tables follow from it", Args: arguments(),
 		Long: `Compute the hash chain anew from the first event to the last, check that the numbers have no gap, and compare the holdings and the other
 tables with a recount. Exit code 4 when something does not hold.`,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -340,7 +349,7 @@ tables with a recount. Exit code 4 when something does not hold.`,
 func newLedgerExportCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	c := &cobra.Command{
-		Use: "export", Short: "Print events as JSON lines, the oldest first, for a SIEM", Args: cobra.NoArgs,
+		Use: "export", Short: "Print events as JSON lines, the oldest first, for a SIEM", Args: arguments(),
 		Long: `Print one JSON object a line, the oldest event first. To go on where the last export ended, give --from one more than the last number that it printed.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()

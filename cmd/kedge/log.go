@@ -10,7 +10,7 @@ func newLogCommand(t *target) *cobra.Command {
 	c := &cobra.Command{Use: "log", Short: "What the running CA logs"}
 	var asJSON bool
 	level := &cobra.Command{
-		Use: "level debug|info|warn|error", Short: "Change the log level of the running CA, until it restarts", Args: cobra.ExactArgs(1),
+		Use: "level debug|info|warn|error", Short: "Change the log level of the running CA, until it restarts", Args: arguments("debug|info|warn|error"),
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := t.client()
 			if err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -35,7 +36,7 @@ var errFound = errors.New("something is wrong, see above")
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	context.AfterFunc(ctx, stop) // the second signal ends the process as it ends any other
 	os.Exit(run(ctx, os.Args[1:]))
 }
 
@@ -82,9 +83,23 @@ Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no CA is 
 	root.PersistentFlags().StringVar(&t.config, "config", "", "configuration file; without it the defaults hold")
 	root.PersistentFlags().StringVar(&t.data, "data", "", "data folder, instead of the configuration's dataDir")
 	root.AddCommand(newServeCommand(t), newTokenCommand(t), newSVIDCommand(t), newAuthorityCommand(t), newBundleCommand(t), newLedgerCommand(t),
-		newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
+		newBackupCommand(t), newRestoreCommand(t), newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
 	strictArgs(root)
 	return root
+}
+
+// arguments makes a verb take exactly these arguments, and say which one is missing or too many.
+func arguments(names ...string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		usage := strings.TrimSuffix(c.UseLine(), " [flags]")
+		switch {
+		case len(args) < len(names):
+			return fmt.Errorf("%s is missing: write '%s'", names[len(args)], usage)
+		case len(args) > len(names):
+			return fmt.Errorf("%q is an argument too many: write '%s'", args[len(names)], usage)
+		}
+		return nil
+	}
 }
 
 // strictArgs makes wrong arguments usage errors, and a verb without its second word an error instead of a help text.

@@ -47,7 +47,10 @@ func (t table) row(cells ...string) {
 // people writes an instant for people, and how far away it is.
 func people(t time.Time) string {
 	away := time.Until(t).Round(time.Second)
-	if away < 0 {
+	switch {
+	case away == 0:
+		return fmt.Sprintf("%s (now)", t.UTC().Format(time.RFC3339))
+	case away < 0:
 		return fmt.Sprintf("%s (%s ago)", t.UTC().Format(time.RFC3339), about(-away))
 	}
 	return fmt.Sprintf("%s (in %s)", t.UTC().Format(time.RFC3339), about(away))

@@ -81,6 +81,7 @@ func TestEveryVerbThatShowsSomethingHasJSON(t *testing.T) {
 	for _, args := range [][]string{
 		{"authority", "list"}, {"bundle", "show"}, {"ledger", "show", "1"}, {"ledger", "show", serial}, {"ledger", "count"}, {"ledger", "verify"}, {"doctor"},
 		{"svid", "revoke", serial}, {"log", "level", "info"}, {"clock", "confirm"}, {"config", "print"}, {"token", "create", "--identity", "ns/default/sa/a"},
+		{"backup", "--out", filepath.Join(t.TempDir(), "backup.tar")},
 	} {
 		if out := k.Must(t, append(args, "--json")...); !json.Valid([]byte(out)) {
 			t.Errorf("kedge %s --json prints no JSON:\n%s", strings.Join(args, " "), out)

@@ -172,6 +172,8 @@ issuingCA: {passphraseFile: passphrase}
 	process.Write(t, file, broken)
 	refused := k.Run(t, "svid", "fetch", "--token-file", file, "--out", filepath.Join(t.TempDir(), "svid"))
 	said += refused.Stdout + refused.Stderr + k.Must(t, "config", "print") + k.Must(t, "doctor") + k.Must(t, "ledger", "export")
+	kept := k.Run(t, "backup", "--out", filepath.Join(t.TempDir(), "backup.tar"))
+	said += kept.Stdout + kept.Stderr
 	k.Stop(t)
 	said += k.Greeting(t) + k.Log()
 

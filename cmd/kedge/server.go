@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -27,6 +28,7 @@ import (
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 	"kedge/issuer/authn"
+	"kedge/issuer/gate"
 	"kedge/issuer/istio"
 	"kedge/issuer/metrics"
 	"kedge/issuer/ops"
@@ -37,8 +39,17 @@ import (
 // stopLimit is how long calls in flight may take when the CA stops.
 const stopLimit = 20 * time.Second
 
+// How long to wait until the file of root certificates is tried again: after the first failure, and at most.
+const (
+	rootsRetry    = time.Second
+	maxRootsRetry = 10 * time.Second
+)
+
 // httpStopLimit is how long answers to admins and to monitoring may still take after that.
 const httpStopLimit = 2 * time.Second
+
+// maxMonitors is how many connections health and metrics may have at once.
+const maxMonitors = 128
 
 // server is a running CA with all its doors.
 type server struct {
@@ -46,12 +57,14 @@ type server struct {
 	log     *slog.Logger
 	level   *slog.LevelVar
 	started time.Time
-	took    time.Duration // until it was ready
 
 	dataDir string // absolute
 	ca      *ca.CA
+	mark    *highWater
 	authn   *authn.Authenticator
+	serving *serving.Certificate
 	ready   *ops.Readiness
+	gate    *gate.Gate
 	grpc    *grpc.Server
 	health  *health.Server
 	http    []*http.Server
@@ -65,17 +78,30 @@ type server struct {
 	failures   chan error // of what should run until the end
 }
 
-// startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails.
+// errStopped says that the CA was told to stop before it had started.
+var errStopped = errors.New("stopped before the CA had started")
+
+// startServer brings the CA up, in the order in which one thing needs the other. What was opened is closed again when something fails, or
+// when ctx ends: then the error is errStopped. What ends by itself, such as a full disk, fails no start: every door opens, and readiness says what is
+// wrong.
 func startServer(ctx context.Context, c *config.Config, log *slog.Logger, level *slog.LevelVar, began time.Time) (*server, error) {
 	s := &server{config: c, log: log, level: level, started: began, failures: make(chan error, 1)}
-	if err := s.start(ctx); err != nil {
+	switch err := s.start(ctx); {
+	case errors.Is(err, errStopped):
+		return nil, cmp.Or(s.close(), err)
+	case err != nil:
 		return nil, errors.Join(err, s.close())
 	}
-	s.took = time.Since(began)
 	return s, nil
 }
 
+// start looks at ctx between its steps, and finishes what it has begun: a root that was made and not recorded would be one whose past the ledger
+// does not know.
 func (s *server) start(ctx context.Context) (err error) {
+	step := context.WithoutCancel(ctx)
+	if ctx.Err() != nil {
+		return errStopped
+	}
 	if s.dataDir, err = filepath.Abs(s.config.DataDir); err != nil {
 		return fmt.Errorf("finding the data folder: %w", err)
 	}
@@ -90,15 +116,22 @@ func (s *server) start(ctx context.Context) (err error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	counters := metrics.New(registry)
-	if err := s.openCA(ctx, counters); err != nil {
+	if err := s.openCA(step, counters); err != nil {
 		return err
 	}
-	join, err := s.openAuthn(ctx)
+	if ctx.Err() != nil {
+		return errStopped
+	}
+	join, err := s.openAuthn(step)
 	if err != nil {
 		return err
 	}
-	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems})
-	return s.open(ctx, counters, registry, join)
+	if ctx.Err() != nil {
+		return errStopped
+	}
+	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Patience: s.config.CSR.SlowClientTimeout.Std(), Work: istio.IsCSR,
+		Logger: s.log, Metrics: counters})
+	return s.open(step, counters, registry, join)
 }
 
 // openCA opens the ledger, the root and the key store, and the CA over them.
@@ -114,6 +147,10 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 		return err
 	}
 	s.closers = append(s.closers, book.Close)
+	if s.mark, err = openHighWater(c.HighWaterFile(), s.dataDir, book, s.log); err != nil {
+		return err
+	}
+	s.closers = append(s.closers, func() error { s.mark.save(); return nil })
 	root, err := file.OpenRoot(file.RootOptions{Dir: c.Root.File.Dir, TrustDomain: td.Name(), KeySpec: ca.KeySpec(c.Root.File.KeyType),
 		Lifetime: c.Root.File.Lifetime.Std(), PassphraseFile: c.Root.File.PassphraseFile, Logger: s.log})
 	if err != nil {
@@ -159,17 +196,19 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 		return err
 	}
 	s.closers = append(s.closers, tracing.close)
-	certificate, err := serving.New(ctx, s.ca, c.CSR.ServerNames, c.CSR.ServerCertificateTTL.Std(), s.log)
-	if err != nil {
+	if s.serving, err = serving.New(ctx, s.ca, c.CSR.ServerNames, c.CSR.ServerCertificateTTL.Std(), s.log); err != nil {
 		return err
 	}
-	if err := errors.Join(atomicfile.Clean(s.rootFile()), s.writeRoots()); err != nil {
+	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems, Gate: s.gate, Serving: s.serving.NotAfter})
+	if err := atomicfile.Clean(s.rootFile()); err != nil {
 		return err
 	}
+	s.noteRoots()
 	var streams context.Context
 	streams, s.endStreams = context.WithCancel(context.WithoutCancel(ctx))
-	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Timeout: c.CSR.CallTimeout.Std()}
-	s.grpc, s.health = istio.NewGRPCServer(door, certificate.TLS(), istio.Connections{
+	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Gate: s.gate, Waiting: c.CSR.WaitTimeout.Std(),
+		Timeout: c.CSR.CallTimeout.Std()}
+	s.grpc, s.health = istio.NewGRPCServer(door, s.serving.TLS(), istio.Connections{
 		MaxAge: c.CSR.MaxConnectionAge.Std(), MaxAgeGrace: c.CSR.MaxConnectionAgeGrace.Std(), MinPing: c.CSR.KeepaliveMinTime.Std(),
 		Ping: c.CSR.KeepaliveTime.Std(), PingTimeout: c.CSR.KeepaliveTimeout.Std(), Reflection: c.CSR.Reflection, Stats: tracing.stats,
 		Streams: streams,
@@ -189,21 +228,20 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 		return err
 	}
 	s.csrAddr, s.opsAddr = csr.Addr().String(), operations.Addr().String()
-	s.ready = &ops.Readiness{Probe: s.ca.Ready}
-	if err := s.ready.Check(); err != nil {
-		return errors.Join(fmt.Errorf("the CA is not ready: %w", err), socket.Close())
-	}
+	s.ready = &ops.Readiness{Probe: s.probe}
 
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.cancel = cancel
 	s.run("authorities", func() error { return s.ca.Run(background) })
+	s.run("high-water mark", func() error { return s.mark.run(background) })
 	s.run("token issuers", func() error { return s.authn.Run(background) })
-	s.run("serving certificate", func() error { return certificate.Run(background) })
+	s.run("serving certificate", func() error { return s.serving.Run(background) })
 	s.run("root certificate file", func() error { return s.keepRoots(background) })
 	s.run("gRPC health", func() error { return s.keepHealth(background) })
-	s.run("CSR API", func() error { return s.grpc.Serve(csr) })
-	s.serveHTTP("health and metrics", ops.NewServer(s.ready, s.problems, registry), operations)
-	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status}
+	s.run("CSR API", func() error { return s.grpc.Serve(s.gate.Listener(csr)) })
+	monitors := gate.New(gate.Options{Connections: maxMonitors, Logger: s.log})
+	s.serveHTTP("health and metrics", ops.NewServer(s.ready, s.problems, registry), monitors.Listener(operations))
+	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status, Version: version}
 	s.serveHTTP("admin socket", desk.HTTP(), socket)
 	return nil
 }
@@ -250,6 +288,7 @@ func (s *server) wait(ctx context.Context) error {
 	}
 	s.ready.Drain()
 	s.health.Shutdown()
+	s.gate.Drain()
 	s.endStreams()
 	stopped := make(chan struct{})
 	go func() {
@@ -305,19 +344,41 @@ func (s *server) writeRoots() error {
 	return atomicfile.Write(s.rootFile(), text)
 }
 
-// keepRoots writes the file anew when the bundle changes.
+// noteRoots makes sure that the file holds the bundle of now. That it does not is a problem.
+func (s *server) noteRoots() error {
+	err := s.writeRoots()
+	if err != nil {
+		err = fmt.Errorf("agents on this machine do not get the trust bundle of now: %w", err)
+	}
+	s.ca.Note("root certificate file", err)
+	return err
+}
+
+// keepRoots writes the file anew when the bundle changes, and after a failure until it works.
 func (s *server) keepRoots(ctx context.Context) error {
-	for {
+	for wait := rootsRetry; ; {
 		changed := s.ca.Changed()
-		if err := s.writeRoots(); err != nil {
-			s.log.Error("the root certificate file is not up to date", "error", err)
+		var again <-chan time.Time // never, unless it failed
+		if s.noteRoots() == nil {
+			wait = rootsRetry
+		} else {
+			again, wait = time.After(wait), min(2*wait, maxRootsRetry)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+		case <-again:
 		}
 	}
+}
+
+// probe says whether a caller would get a certificate now: the CA signs and records, and the CSR API can prove itself.
+func (s *server) probe(ctx context.Context) error {
+	if err := s.ca.Ready(ctx); err != nil {
+		return err
+	}
+	return s.serving.Ready()
 }
 
 // keepHealth lets gRPC's health service say what /readyz says.
@@ -342,6 +403,9 @@ func (s *server) keepHealth(ctx context.Context) error {
 // problems lists what is wrong though the CA goes on.
 func (s *server) problems() []error {
 	all := s.ca.Problems()
+	if err := s.mark.problem(); err != nil {
+		all = append(all, err)
+	}
 	for _, problem := range s.authn.Problems() {
 		all = append(all, errors.New(problem))
 	}

@@ -30,6 +30,17 @@ func (t *target) load() (*config.Config, error) {
 	return c, nil
 }
 
+// flags are those with which another command means the same CA.
+func (t *target) flags() (flags string) {
+	if t.config != "" {
+		flags += " --config " + t.config
+	}
+	if t.data != "" {
+		flags += " --data " + t.data
+	}
+	return flags
+}
+
 // client talks to the CA that runs on the target's data folder.
 func (t *target) client() (*admin.Client, error) {
 	c, err := t.load()

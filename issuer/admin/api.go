@@ -56,6 +56,7 @@ type Event struct {
 	Token     *ledger.Token     `json:"token,omitempty"`
 	Revoke    *ledger.Revoke    `json:"revoke,omitempty"`
 	Waiver    *ledger.Waiver    `json:"waiver,omitempty"`
+	Restore   *ledger.Restore   `json:"restore,omitempty"`
 }
 
 // TokenRequest asks for a join token.
@@ -75,10 +76,11 @@ type TokenResponse struct {
 	Number   uint64      `json:"number"` // of the event that records it
 }
 
-// RevokeRequest asks that a certificate authenticate nobody any more.
+// RevokeRequest asks that a certificate authenticate nobody any more. The answer is a ca.Revocation.
 type RevokeRequest struct {
-	Serial string `json:"serial"`
-	Reason string `json:"reason"`
+	Serial  string `json:"serial"`
+	Reason  string `json:"reason"`
+	Lineage bool   `json:"lineage,omitempty"` // and with it every one that follows on it
 }
 
 // TaintRequest says that an issuing CA is compromised.

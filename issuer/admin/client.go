@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"syscall"
 
+	"kedge/ca"
 	"kedge/ca/ledger"
 )
 
@@ -126,9 +127,9 @@ func (c *Client) CreateToken(ctx context.Context, r TokenRequest) (t TokenRespon
 	return t, c.call(ctx, http.MethodPost, "/v1/tokens", r, &t)
 }
 
-// Revoke revokes a certificate.
-func (c *Client) Revoke(ctx context.Context, r RevokeRequest) (e ledger.Revoke, err error) {
-	return e, c.call(ctx, http.MethodPost, "/v1/revocations", r, &e)
+// Revoke revokes a certificate, or its lineage from there on.
+func (c *Client) Revoke(ctx context.Context, r RevokeRequest) (answer ca.Revocation, err error) {
+	return answer, c.call(ctx, http.MethodPost, "/v1/revocations", r, &answer)
 }
 
 // ConfirmClock tells the CA that its machine's clock is right.
@@ -139,6 +140,15 @@ func (c *Client) ConfirmClock(ctx context.Context) (r Recorded, err error) {
 // Taint says that an issuing CA is compromised.
 func (c *Client) Taint(ctx context.Context, r TaintRequest) error {
 	return c.call(ctx, http.MethodPost, "/v1/authorities/taint", r, &struct{}{})
+}
+
+// Backup asks for a backup, and gives it as it comes. It is whole only when backup.Read says so.
+func (c *Client) Backup(ctx context.Context) (io.ReadCloser, error) {
+	response, err := c.send(ctx, http.MethodPost, "/v1/backup", nil)
+	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
 }
 
 // SetLogLevel changes what the CA logs: debug, info, warn or error.

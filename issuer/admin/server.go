@@ -19,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"kedge/ca"
+	"kedge/ca/backup"
 	"kedge/ca/ledger"
 	"kedge/issuer/authn"
 )
@@ -27,11 +28,12 @@ const maxBody = 16 << 10 // octets of a request
 
 // Server answers admins.
 type Server struct {
-	CA     *ca.CA
-	Join   *authn.JoinTokens // nil: join tokens are off
-	Level  *slog.LevelVar
-	Log    *slog.Logger
-	Status func() Status // of the whole process
+	CA      *ca.CA
+	Join    *authn.JoinTokens // nil: join tokens are off
+	Level   *slog.LevelVar
+	Log     *slog.Logger
+	Status  func() Status // of the whole process
+	Version string        // of this program, for backups
 }
 
 // peerKey is where a connection's peer credentials stand in the context of its requests.
@@ -76,6 +78,7 @@ func (s *Server) HTTP() *http.Server {
 	handle("GET /v1/ledger/count", s.count)
 	handle("GET /v1/ledger/verify", func(r *http.Request) (any, error) { return s.CA.Ledger().Verify(r.Context()) })
 	mux.HandleFunc("GET /v1/ledger/events", s.events)
+	mux.HandleFunc("POST /v1/backup", s.backup)
 	handle("POST /v1/tokens", s.createToken)
 	handle("POST /v1/revocations", s.revoke)
 	handle("POST /v1/clock/confirm", s.confirmClock)
@@ -246,6 +249,24 @@ func parseFilter(q url.Values) (f ledger.Filter, err error) {
 	return f, err
 }
 
+// backup makes a backup and streams it. One that breaks off is not whole, which its reader sees.
+func (s *Server) backup(w http.ResponseWriter, r *http.Request) {
+	b, err := backup.Take(r.Context(), s.CA, s.Version)
+	if err != nil {
+		s.Log.Error("a backup was not made", "by", peerName(r), "error", err)
+		reply(w, statusOf(err), Failure{Error: err.Error()})
+		return
+	}
+	defer b.Close() // nothing is lost when it fails: the copy has no name
+	m := b.Manifest
+	s.Log.Info("a backup is made", "by", peerName(r), "number", m.Ledger.Number, "octets", m.Files[0].Size, "clear_keys", m.ClearKeys())
+	w.Header().Set("Content-Type", "application/x-tar")
+	if err := b.Write(w); err != nil {
+		s.Log.Error("a backup broke off", "by", peerName(r), "error", err)
+		panic(http.ErrAbortHandler) // so that the connection breaks, too
+	}
+}
+
 func (s *Server) createToken(r *http.Request) (any, error) {
 	if s.Join == nil {
 		return nil, ca.Denied(errors.New("join tokens are switched off: list identities under callers.joinTokens in the configuration"))
@@ -296,12 +317,15 @@ func (s *Server) revoke(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, ca.Invalid(err)
 	}
-	event, err := s.CA.Revoke(r.Context(), serial, request.Reason, peerName(r))
-	if err != nil {
-		return nil, err
+	revoke := s.CA.Revoke
+	if request.Lineage {
+		revoke = s.CA.RevokeLineage
 	}
-	s.Log.Warn("certificate revoked", "serial", serial, "reason", request.Reason, "by", event.By)
-	return event, nil
+	answer, err := revoke(r.Context(), serial, request.Reason, peerName(r))
+	for _, revoked := range answer.Revoked { // also before an error
+		s.Log.Warn("certificate revoked", "serial", revoked.Serial, "number", revoked.Number, "reason", request.Reason, "by", revoked.By)
+	}
+	return answer, err
 }
 
 func (s *Server) confirmClock(r *http.Request) (any, error) {

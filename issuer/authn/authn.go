@@ -30,6 +30,8 @@ type Credentials struct {
 	Peer         string              // network address
 	ClusterID    string              // the caller's own word
 	RequestID    string              // as in the logs
+	// Aside, if set, is called before the call is kept waiting for an issuer's keys, so that it gives its turn to others. What it returns takes the turn back.
+	Aside func() (back func(context.Context) error)
 }
 
 // CertificateVerifier decides about client certificates. *ca.ClientCertificates is one.
@@ -128,7 +130,7 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 	var certificate *ca.ClientCertificate
 	var tokenErr, certErr error
 	if len(c.Tokens) > 0 {
-		token, tokenErr = a.token(ctx, c.Tokens)
+		token, tokenErr = a.token(ctx, c.Tokens, c.Aside)
 	}
 	if presented {
 		var verified ca.ClientCertificate
@@ -145,7 +147,11 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 		a.log.Warn("the token does not count, the client certificate does", "request_id", c.RequestID, "spiffe_id", certificate.ID.String(),
 			"reason", tokenErr.Error(), "peer", c.Peer)
 	case certErr != nil:
-		a.log.Warn("the client certificate does not count, the token does", "request_id", c.RequestID, "spiffe_id", token.id.String(),
+		level := slog.LevelWarn
+		if errors.Is(certErr, ledger.ErrSuperseded) { // a join token is in two hands
+			level = slog.LevelError
+		}
+		a.log.Log(ctx, level, "the client certificate does not count, the token does", "request_id", c.RequestID, "spiffe_id", token.id.String(),
 			"reason", certErr.Error(), "peer", c.Peer)
 	}
 	if certificate != nil {

@@ -186,6 +186,7 @@ func newKeyServer(t testing.TB, signers ...signer) *keyServer {
 			select {
 			case <-working:
 			case <-r.Context().Done():
+				return // nobody reads it, or half of it
 			}
 		}
 		if answer != nil {

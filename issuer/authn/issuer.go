@@ -97,7 +97,8 @@ const (
 )
 
 // identify makes a SPIFFE ID of verified claims.
-func (i *issuer) identify(subject string, claims map[string]json.RawMessage, now time.Time) (*proven, error) {
+func (i *issuer) identify(token signedToken, now time.Time) (*proven, error) {
+	subject := token.claims.Subject
 	if subject == "" || len(subject) > maxSubject {
 		return nil, fmt.Errorf("its subject has %d octets; it needs one of at most %d", len(subject), maxSubject)
 	}
@@ -105,14 +106,18 @@ func (i *issuer) identify(subject string, claims map[string]json.RawMessage, now
 		proof:  ledger.Proof{Method: ca.MethodOIDC, Issuer: i.name, Subject: subject, Time: ledger.At(now)},
 		holder: ledger.Holder{Kind: "subject", ID: i.name + " " + subject}, // a subject is unique with its issuer only
 	}
-	var err error
 	if i.kind == KindKubernetes {
 		var podUID string
+		var err error
 		p.proof.Method = ca.MethodKubernetes
-		if p.id, podUID, err = i.kubernetesID(subject, claims); podUID != "" {
+		if p.id, podUID, err = i.kubernetesID(subject, token.claims.Kubernetes); podUID != "" {
 			p.holder = ledger.Holder{Kind: "pod", ID: podUID}
 		}
 		return p, err
+	}
+	var claims map[string]json.RawMessage
+	if err := json.Unmarshal(token.payload, &claims); err != nil {
+		return nil, fmt.Errorf("its claims cannot be read: %s", brief(err))
 	}
 	segments, err := i.template.segmentsFor(claims)
 	if err == nil {
@@ -133,17 +138,17 @@ type kubernetesObject struct {
 	UID  string `json:"uid"`
 }
 
-// kubernetesID reads the service account from "sub", and makes sure that the claim kubernetes.io, where there is one, says the same.
+// kubernetesID reads the service account from "sub", and makes sure that the claim kubernetes.io, where there is one (bound), says the same.
 // podUID is "" when the token is not bound to a pod.
-func (i *issuer) kubernetesID(subject string, claims map[string]json.RawMessage) (id spiffeid.ID, podUID string, err error) {
+func (i *issuer) kubernetesID(subject string, bound json.RawMessage) (id spiffeid.ID, podUID string, err error) {
 	parts := strings.Split(subject, ":")
 	if len(parts) != 4 || parts[0] != "system" || parts[1] != "serviceaccount" {
 		return id, "", fmt.Errorf("its subject %.200q is not system:serviceaccount:NAMESPACE:ACCOUNT", subject)
 	}
 	namespace, account := parts[2], parts[3]
-	if raw, bound := claims["kubernetes.io"]; bound {
+	if bound != nil {
 		var claim kubernetesClaim
-		if err := json.Unmarshal(raw, &claim); err != nil {
+		if err := json.Unmarshal(bound, &claim); err != nil {
 			return id, "", fmt.Errorf("its claim kubernetes.io cannot be read: %s", brief(err))
 		}
 		if claim.Namespace != namespace || claim.ServiceAccount.Name != account {

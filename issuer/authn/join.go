@@ -127,7 +127,8 @@ func (j *JoinTokens) allowed(id spiffeid.ID) error {
 
 // verify checks a token in every respect but whether it is spent meanwhile: that the ledger decides in the commit that spends it.
 // skew is for a clock that was set back since; it prolongs nothing.
-func (j *JoinTokens) verify(token *jwt.JSONWebToken, header tokenHeader, now time.Time, skew time.Duration) (*proven, error) {
+func (j *JoinTokens) verify(token signedToken, now time.Time, skew time.Duration) (*proven, error) {
+	header, c := token.header, token.claims
 	fail := func(format string, args ...any) (*proven, error) {
 		return nil, ca.Unauthenticated(fmt.Errorf("join token: "+format, args...))
 	}
@@ -137,9 +138,8 @@ func (j *JoinTokens) verify(token *jwt.JSONWebToken, header tokenHeader, now tim
 	if header.KeyID != j.kid {
 		return fail("it was signed with another key (%.64q): a token of another CA, or of before this one's key was lost", header.KeyID)
 	}
-	var c jwt.Claims
-	if err := token.Claims(j.public, &c); err != nil {
-		return fail("its signature is not good, or its claims cannot be read: %s", brief(err))
+	if !token.signedWith(j.public) {
+		return fail("its signature is not good")
 	}
 	if c.Expiry == nil || c.IssuedAt == nil || c.ID == "" {
 		return fail("it has no expiry, no time of issue or no id")

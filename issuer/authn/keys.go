@@ -26,6 +26,8 @@ const (
 	defaultRefresh     = 5 * time.Minute
 	defaultFileRefresh = 30 * time.Second
 	defaultRefetch     = 10 * time.Second
+	// mostWaiting is how many calls may wait for one issuer's keys at once. Each costs some memory and nothing else.
+	mostWaiting = 4096
 )
 
 // keySet is the keys of one issuer: those that were fetched last, for as long as newer ones cannot be had.
@@ -44,7 +46,8 @@ type keySet struct {
 	keys     []jose.JSONWebKey
 	digest   [sha256.Size]byte // of the JWKS that they come from
 	fetched  time.Time         // when they were had; zero: never
-	began    time.Time         // when the last fetch began; zero: none has
+	ended    time.Time         // when the last fetch ended; zero: none has
+	waiting  int               // calls that wait for the fetch that is asked for or under way
 	failed   error             // why the last fetch failed; nil: it did not
 	since    time.Time         // when the first of the latest failures was
 	unkept   error             // why the keys could not be written to the cache
@@ -110,7 +113,6 @@ func (k *keySet) fetch(ctx context.Context) {
 	if k.flight == nil {
 		k.flight = make(chan struct{})
 	}
-	k.began = k.now()
 	k.mu.Unlock()
 
 	limited, cancel := context.WithTimeout(ctx, fetchLimit)
@@ -141,6 +143,7 @@ func (k *keySet) fetch(ctx context.Context) {
 		return // run ends; it says nothing about the issuer
 	}
 	k.fetches++
+	k.ended = at
 	if err != nil {
 		k.fail(err, at)
 		return
@@ -176,13 +179,13 @@ func (k *keySet) fail(err error, at time.Time) {
 }
 
 // find returns the keys that may have signed a token with this key id and algorithm; at least one. For an unknown id the keys are fetched
-// anew, but no more often than refetch allows: all callers wait for the one fetch under way, and a flood causes no others.
-func (k *keySet) find(ctx context.Context, id, algorithm string) ([]jose.JSONWebKey, error) {
+// anew, but no sooner than refetch after the last time: all callers wait aside for the one fetch under way, and a flood causes no others.
+func (k *keySet) find(ctx context.Context, id, algorithm string, aside func() func(context.Context) error) ([]jose.JSONWebKey, error) {
 	k.mu.Lock()
 	found := k.match(id, algorithm)
 	k.mu.Unlock()
 	if len(found) == 0 {
-		if err := k.await(ctx); err != nil {
+		if err := k.await(ctx, aside); err != nil {
 			return nil, ca.Unavailable(err)
 		}
 		k.mu.Lock()
@@ -236,29 +239,50 @@ func fits(key jose.JSONWebKey, algorithm string) bool {
 	return false
 }
 
-// await asks for a fetch if one is due, and waits for the one that is asked for or under way. When none is due it returns at once.
-func (k *keySet) await(ctx context.Context) error {
-	k.mu.Lock()
-	flight := k.flight
+// await asks for a fetch if one is due, and waits for the one that is asked for or under way, without its turn. When none is due it returns at once.
+func (k *keySet) await(ctx context.Context, aside func() func(context.Context) error) error {
+	flight, err := k.board()
 	if flight == nil {
-		now := k.now()
-		if !k.began.IsZero() && now.Sub(k.began) < k.refetch && !now.Before(k.began) { // a clock that was set back stops no fetch
-			k.mu.Unlock()
-			return nil
-		}
-		flight = make(chan struct{})
-		k.flight = flight
-		k.asked <- struct{}{} // never blocks: it has a value only while there is a flight
+		return err
 	}
-	k.mu.Unlock()
+	defer func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.waiting--
+	}()
+	back := func(context.Context) error { return nil }
+	if aside != nil {
+		back = aside()
+	}
 	select {
 	case <-flight:
-		return nil
+		return back(ctx)
 	case <-ctx.Done():
-		return fmt.Errorf("waiting for the issuer's keys: %w", ctx.Err())
+		return errors.Join(fmt.Errorf("waiting for the issuer's keys: %w", ctx.Err()), back(ctx))
 	case <-k.stopped:
-		return errors.New("the issuer's keys are no longer fetched: this process is stopping")
+		return errors.Join(errors.New("the issuer's keys are no longer fetched: this process is stopping"), back(ctx))
 	}
+}
+
+// board returns the fetch to wait for, nil when none is due. Whoever boards one is counted as waiting.
+func (k *keySet) board() (flight chan struct{}, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.flight == nil {
+		now := k.now()
+		if !k.ended.IsZero() && now.Sub(k.ended) < k.refetch && !now.Before(k.ended) { // a clock that was set back stops no fetch
+			return nil, nil
+		}
+	}
+	if k.waiting >= mostWaiting {
+		return nil, fmt.Errorf("%d calls wait for the issuer's keys already", k.waiting)
+	}
+	if k.flight == nil {
+		k.flight = make(chan struct{})
+		k.asked <- struct{}{} // never blocks: it has a value only while there is a flight
+	}
+	k.waiting++
+	return k.flight, nil
 }
 
 // problem says what is wrong with the keys; "" for nothing.

@@ -8,14 +8,17 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"kedge/ca"
@@ -190,6 +193,56 @@ func TestAnIssuerThatNeverGaveKeysMakesCallersTryAgain(t *testing.T) {
 	server.set(func(s *keyServer) { s.answer = nil })
 	b.clock.pass(10 * time.Second)
 	b.accepts(t, good)
+}
+
+// TestAnIssuerThatIsBackIsFoundWithoutACall: in the background, whether or not its keys were ever had. Each outage is logged once.
+func TestAnIssuerThatIsBackIsFoundWithoutACall(t *testing.T) {
+	for name, c := range map[string]struct {
+		before, after error // what a good token gets before the outage, and during it
+		says          string
+	}{
+		"it was there before": {nil, nil, "those of "},
+		"it never was":        {ca.ErrUnavailable, ca.ErrUnavailable, "and never were"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				key, file := newSigner(t, "k1"), filepath.Join(t.TempDir(), "jwks.json")
+				if c.before == nil {
+					write(t, file, jwks(t, key))
+				}
+				const issuer = "https://cluster.example"
+				b := start(t, authn.Options{Now: time.Now, Issuers: []authn.IssuerConfig{
+					{Name: "cluster", Kind: authn.KindKubernetes, Issuer: issuer, Audiences: []string{"istio-ca"}, JWKSFile: file, RefreshInterval: 5 * time.Minute}}})
+				token := key.sign(t, b.claims(issuer))
+				ask := func(want error) {
+					t.Helper()
+					if _, err := b.ask("Bearer " + token); !errors.Is(err, want) {
+						t.Errorf("got %v, want %v", err, want)
+					}
+				}
+				synctest.Wait()
+				ask(c.before)
+				if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					t.Fatal(err)
+				}
+				<-time.After(10 * time.Minute)
+				ask(c.after)
+				if problems := b.Problems(); len(problems) != 1 || !strings.Contains(problems[0], c.says) {
+					t.Errorf("got the problems %q", problems)
+				}
+				if n := strings.Count(b.log.String(), "the issuer's keys cannot be had"); n != 1 {
+					t.Errorf("said %d times, want once:\n%s", n, b.log)
+				}
+				write(t, file, jwks(t, key))
+				<-time.After(20 * time.Second) // twice the shortest time between fetches
+				synctest.Wait()
+				if problems := b.Problems(); len(problems) != 0 {
+					t.Errorf("it is back, and there are still the problems %q", problems)
+				}
+				ask(nil)
+			})
+		})
+	}
 }
 
 func TestARestartWhileTheIssuerIsAwayUsesTheKeysOfBefore(t *testing.T) {
@@ -502,6 +555,62 @@ func TestKeysThatMustNotBeUsedArePassedOverWithAWord(t *testing.T) {
 				t.Errorf("said %d times of the same JWKS", n)
 			}
 		})
+	}
+}
+
+// A fetch may take as long as the pause between fetches. Were the pause counted from its beginning, the next one would be due at once, and whoever
+// brings an unknown key id would always wait.
+func TestAfterAFetchThatFailedSlowlyNobodyWaitsForTheNext(t *testing.T) {
+	key := newSigner(t, "k1")
+	server := newKeyServer(t, key)
+	b := start(t, authn.Options{Issuers: []authn.IssuerConfig{server.config()}})
+	b.accepts(t, key.sign(t, b.claims(server.URL)))
+	<-server.asked
+	unknown := func() string { return signer{"unknown", key.alg, key.key}.sign(t, b.claims(server.URL)) }
+	release := make(chan struct{})
+	server.set(func(s *keyServer) { s.working, s.answer = release, status(http.StatusServiceUnavailable) })
+	b.clock.pass(time.Minute)
+	waiting, refused := unknown(), make(chan error, 1)
+	go func() { _, err := b.ask("Bearer " + waiting); refused <- err }()
+	<-server.asked
+	b.clock.pass(10 * time.Second) // goes by while it hangs
+	close(release)
+	refuses(t, <-refused, ca.ErrUnavailable, "503", waiting)
+	for range 100 {
+		token := unknown()
+		_, err := b.ask("Bearer " + token)
+		refuses(t, err, ca.ErrUnavailable, "503", token)
+	}
+	if got := server.fetches(); got != 2 {
+		t.Errorf("%d fetches, want the one at the start and the one that failed", got)
+	}
+}
+
+// A call gives its turn away before it waits for keys, and has one again afterwards.
+func TestWhoWaitsForKeysStandsAside(t *testing.T) {
+	key := newSigner(t, "k1")
+	server := newKeyServer(t, key)
+	hold := make(chan struct{})
+	server.set(func(s *keyServer) { s.working = hold })
+	b := start(t, authn.Options{Issuers: []authn.IssuerConfig{server.config()}})
+	token := key.sign(t, b.claims(server.URL))
+	var order []string
+	aside := make(chan struct{})
+	credentials := authn.Credentials{Tokens: []string{"Bearer " + token}, Aside: func() func(context.Context) error {
+		order = append(order, "aside")
+		close(aside)
+		return func(context.Context) error { order = append(order, "back"); return nil }
+	}}
+	answered := make(chan error, 1)
+	go func() { _, err := b.Authenticate(t.Context(), credentials); answered <- err }()
+	<-aside
+	close(hold)
+	if err := <-answered; err != nil || !slices.Equal(order, []string{"aside", "back"}) {
+		t.Errorf("%v, %v", order, err)
+	}
+	credentials.Aside = func() func(context.Context) error { t.Error("it stood aside for a key that is known"); return nil }
+	if _, err := b.Authenticate(t.Context(), credentials); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -39,8 +39,41 @@ type tokenHeader struct {
 	Certificates json.RawMessage `json:"x5c"`
 }
 
+// signedToken is a JWT that was read, and of which nothing is verified yet. Reading JSON costs as much as verifying an RSA signature, so the claims are
+// read once.
+type signedToken struct {
+	header  tokenHeader
+	jws     *jose.JSONWebSignature
+	payload []byte
+	claims  struct {
+		jwt.Claims
+		Kubernetes json.RawMessage `json:"kubernetes.io"`
+	}
+}
+
+// readToken reads a token; an error has no part of it that matters.
+func readToken(text string) (t signedToken, err error) {
+	if t.header, err = readHeader(text); err != nil {
+		return t, err
+	}
+	if t.jws, err = jose.ParseSignedCompact(text, algorithms); err != nil {
+		return t, fmt.Errorf("it cannot be read as a signed JWT: %s", brief(err))
+	}
+	t.payload = t.jws.UnsafePayloadWithoutVerification()
+	if err := json.Unmarshal(t.payload, &t.claims); err != nil {
+		return t, fmt.Errorf("its claims cannot be read: %s", brief(err))
+	}
+	return t, nil
+}
+
+// signedWith says whether the key's owner signed the token, and so its claims.
+func (t signedToken) signedWith(key any) bool {
+	_, err := t.jws.Verify(key)
+	return err == nil
+}
+
 // token verifies the one bearer token of a call with the keys of the one issuer that it names.
-func (a *Authenticator) token(ctx context.Context, values []string) (*proven, error) {
+func (a *Authenticator) token(ctx context.Context, values []string, aside func() func(context.Context) error) (*proven, error) {
 	fail := func(format string, args ...any) (*proven, error) {
 		return nil, ca.Unauthenticated(fmt.Errorf("token: "+format, args...))
 	}
@@ -48,34 +81,24 @@ func (a *Authenticator) token(ctx context.Context, values []string) (*proven, er
 	if err != nil {
 		return fail("%w", err)
 	}
-	header, err := readHeader(text)
+	token, err := readToken(text)
 	if err != nil {
 		return fail("%w", err)
 	}
-	parsed, err := jwt.ParseSigned(text, algorithms)
-	if err != nil {
-		return fail("it cannot be read as a signed JWT: %s", brief(err))
-	}
-	var unverified struct {
-		Issuer string `json:"iss"`
-	}
-	if err := parsed.UnsafeClaimsWithoutVerification(&unverified); err != nil {
-		return fail("its claims cannot be read: %s", brief(err))
-	}
-	if header.Type == joinType || unverified.Issuer == joinIssuer {
+	if token.header.Type == joinType || token.claims.Issuer == joinIssuer {
 		if a.join == nil {
 			return fail("it is a join token, and they are switched off")
 		}
-		return a.join.verify(parsed, header, a.now(), a.skew)
+		return a.join.verify(token, a.now(), a.skew)
 	}
-	if !slices.Contains(tokenTypes, header.Type) {
-		return fail("its type %.40q is not that of a token that proves who somebody is", header.Type)
+	if !slices.Contains(tokenTypes, token.header.Type) {
+		return fail("its type %.40q is not that of a token that proves who somebody is", token.header.Type)
 	}
-	i := a.issuers[unverified.Issuer]
+	i := a.issuers[token.claims.Issuer]
 	if i == nil {
-		return fail("its issuer %.200q is not one of those that are configured", unverified.Issuer)
+		return fail("its issuer %.200q is not one of those that are configured", token.claims.Issuer)
 	}
-	return i.verify(ctx, parsed, header, a.now())
+	return i.verify(ctx, token, a.now(), aside)
 }
 
 // bearer takes the token from the one authorization header of a call (RFC 6750 2.1).
@@ -134,25 +157,20 @@ func brief(err error) string {
 }
 
 // verify checks the signature with the issuer's keys, and then every claim that counts (RFC 7519 4.1).
-func (i *issuer) verify(ctx context.Context, token *jwt.JSONWebToken, header tokenHeader, now time.Time) (*proven, error) {
+func (i *issuer) verify(ctx context.Context, token signedToken, now time.Time, aside func() func(context.Context) error) (*proven, error) {
 	fail := func(format string, args ...any) (*proven, error) {
 		return nil, ca.Unauthenticated(fmt.Errorf("token of issuer %q: "+format, append([]any{i.name}, args...)...))
 	}
+	header, c := token.header, token.claims
 	if len(i.algorithms) > 0 && !slices.Contains(i.algorithms, header.Algorithm) {
 		return fail("its algorithm %s is not one of %v, which are configured", header.Algorithm, i.algorithms)
 	}
-	keys, err := i.keys.find(ctx, header.KeyID, header.Algorithm)
+	keys, err := i.keys.find(ctx, header.KeyID, header.Algorithm, aside)
 	if err != nil {
 		return nil, fmt.Errorf("token of issuer %q: %w", i.name, err)
 	}
-	var payload json.RawMessage
-	if !slices.ContainsFunc(keys, func(key jose.JSONWebKey) bool { return token.Claims(key.Key, &payload) == nil }) {
+	if !slices.ContainsFunc(keys, func(key jose.JSONWebKey) bool { return token.signedWith(key.Key) }) {
 		return fail("its signature is not good (key id %.64q, %s)", header.KeyID, header.Algorithm)
-	}
-	var c jwt.Claims
-	var raw map[string]json.RawMessage
-	if err := errors.Join(json.Unmarshal(payload, &raw), json.Unmarshal(payload, &c)); err != nil {
-		return fail("its claims cannot be read: %s", brief(err))
 	}
 	if c.Expiry == nil {
 		return fail("it has no expiry: a token that is good for ever is no proof; have the issuer set exp")
@@ -170,7 +188,7 @@ func (i *issuer) verify(ctx context.Context, token *jwt.JSONWebToken, header tok
 		}
 		return fail("%w", err)
 	}
-	p, err := i.identify(c.Subject, raw, now)
+	p, err := i.identify(token, now)
 	if err != nil {
 		return fail("%w", err)
 	}

@@ -6,18 +6,34 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	grpccodes "google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	pb "istio.io/api/security/v1alpha1"
 )
 
 // Client asks a CSR API for certificates: Kedge's, or istiod's.
 type Client struct {
-	conn *grpc.ClientConn
-	api  pb.IstioCertificateServiceClient
+	conn    *grpc.ClientConn
+	api     pb.IstioCertificateServiceClient
+	servers *servers
+}
+
+// ErrUntrusted: the server did not prove itself under the roots. It will not by itself.
+var ErrUntrusted = errors.New("the server does not prove itself")
+
+// reconnect is how soon a connection that failed is tried again, and how long making one may take: a caller waits for it, and Retryable says
+// that it should.
+var reconnect = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+	MinConnectTimeout: 5 * time.Second,
 }
 
 // Dial prepares a connection to address (host:port); it is made with the first call. The server must prove itself under roots;
@@ -27,24 +43,28 @@ func Dial(address string, roots *x509.CertPool, certificate *tls.Certificate) (*
 	if certificate != nil {
 		config.Certificates = []tls.Certificate{*certificate}
 	}
-	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(config)))
+	servers := &servers{TransportCredentials: credentials.NewTLS(config)}
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(servers), grpc.WithConnectParams(reconnect))
 	if err != nil {
 		return nil, fmt.Errorf("connecting to the CA at %s: %w", address, err)
 	}
-	return &Client{conn: conn, api: pb.NewIstioCertificateServiceClient(conn)}, nil
+	return &Client{conn: conn, api: pb.NewIstioCertificateServiceClient(conn), servers: servers}, nil
 }
 
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
 // Sign sends a CSR (PEM). token may be empty; ttl 0 asks for the CA's default. It returns the chain, one certificate an element,
-// leaf first, and the trust bundle.
+// leaf first, and the trust bundle. The error is gRPC's own, or wraps ErrUntrusted.
 func (c *Client) Sign(ctx context.Context, csr []byte, token string, ttl time.Duration) (chain []string, bundle string, err error) {
 	if token != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
 	}
 	response, err := c.api.CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: string(csr), ValidityDuration: int64(ttl / time.Second)})
 	if err != nil {
+		if refused := c.servers.refused.Load(); refused != nil {
+			err = fmt.Errorf("%w: %w", ErrUntrusted, refused)
+		}
 		return nil, "", err
 	}
 	elements := response.GetCertChain()
@@ -52,4 +72,34 @@ func (c *Client) Sign(ctx context.Context, csr []byte, token string, ttl time.Du
 		return nil, "", errors.New("the CA's answer has no certificate chain followed by a trust bundle")
 	}
 	return elements[:len(elements)-1], elements[len(elements)-1], nil
+}
+
+// Retryable says whether the same call may succeed later: the server is not there yet or cannot do it now. The codes are those that istio-agent
+// repeats; no other refusal goes away by itself.
+func Retryable(err error) bool {
+	if errors.Is(err, ErrUntrusted) {
+		return false
+	}
+	switch status.Code(err) {
+	case grpccodes.Unavailable, grpccodes.ResourceExhausted, grpccodes.DeadlineExceeded, grpccodes.Aborted, grpccodes.Internal, grpccodes.Canceled:
+		return true
+	}
+	return false
+}
+
+// servers notes why the latest server did not prove itself, which gRPC tells only as a part of a text.
+type servers struct {
+	credentials.TransportCredentials
+	refused atomic.Pointer[tls.CertificateVerificationError] // nil: it did, or may yet
+}
+
+func (s *servers) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := s.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	var refused *tls.CertificateVerificationError
+	var invalid x509.CertificateInvalidError
+	if !errors.As(err, &refused) || errors.As(err, &invalid) && invalid.Reason == x509.Expired { // a machine that has just started may have its clock set yet
+		refused = nil
+	}
+	s.refused.Store(refused)
+	return conn, info, err
 }

@@ -33,6 +33,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/issuer/authn"
+	"kedge/issuer/gate"
 	"kedge/issuer/istio"
 	"kedge/issuer/metrics"
 	"kedge/issuer/serving"
@@ -88,9 +89,33 @@ type door struct {
 	registry *prometheus.Registry
 }
 
+// doorOptions say in what a door differs from others. A zero field is as it mostly is.
+type doorOptions struct {
+	profiles    map[string]ca.ProfileConfig // added to the default one
+	issuers     []authn.IssuerConfig        // added to the one whose tokens door.token makes
+	connections istio.Connections
+	listener    net.Listener
+	onCommit    func(ledger.Commit)
+	calls       int           // that are worked on at once; 0: the gate's own
+	patience    time.Duration // with half-sent requests; 0: the gate's own
+}
+
 // openDoor opens everything. profiles are added to the default one.
 func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	t.Helper()
+	return openDoorWith(t, doorOptions{profiles: profiles})
+}
+
+// defaultConnections are those of the configuration's defaults.
+var defaultConnections = istio.Connections{
+	MaxAge: 30 * time.Minute, MaxAgeGrace: 30 * time.Second, MinPing: 5 * time.Second, Ping: time.Minute, PingTimeout: 20 * time.Second, Reflection: true,
+}
+
+func openDoorWith(t testing.TB, o doorOptions) *door {
+	t.Helper()
+	if o.connections == (istio.Connections{}) {
+		o.connections = defaultConnections
+	}
 	d := &door{log: &lines{}, registry: prometheus.NewRegistry(), roots: x509.NewCertPool()}
 	log := slog.New(slog.NewJSONHandler(d.log, nil))
 	dir := t.TempDir()
@@ -101,7 +126,7 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 		}
 	}
 	var err error
-	d.ledger, err = ledger.Open(dir, ledger.Options{TrustDomain: td.Name(), ProgramVersion: "0.1.0", Retention: time.Hour, Logger: log})
+	d.ledger, err = ledger.Open(dir, ledger.Options{TrustDomain: td.Name(), ProgramVersion: "0.1.0", Retention: time.Hour, Logger: log, OnCommit: o.onCommit})
 	must(err)
 	t.Cleanup(func() { d.ledger.Close() })
 	root, err := file.OpenRoot(file.RootOptions{Dir: filepath.Join(dir, "root"), TrustDomain: td.Name()})
@@ -114,7 +139,7 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	made := map[string]*ca.Profile{}
 	made[ca.DefaultProfile], err = ca.NewProfile(ca.DefaultProfile, ca.DefaultProfileConfig())
 	must(err)
-	for name, config := range profiles {
+	for name, config := range o.profiles {
 		made[name], err = ca.NewProfile(name, config)
 		must(err)
 	}
@@ -133,7 +158,8 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	d.join, err = authn.NewJoinTokens(authn.JoinOptions{TrustDomain: td, Key: joinKey, Identities: []string{"ns/*/sa/*"}, MaxTTL: time.Hour, Ledger: d.ledger})
 	must(err)
 	callers, err := authn.New(authn.Options{TrustDomain: td, Join: d.join, Certificates: d.ca.ClientCertificates(), Logger: log,
-		Issuers: []authn.IssuerConfig{{Name: "main", Kind: authn.KindKubernetes, Issuer: tokenIssuer, Audiences: []string{"istio-ca"}, JWKSFile: filepath.Join(dir, "jwks.json")}}})
+		Issuers: append([]authn.IssuerConfig{{Name: "main", Kind: authn.KindKubernetes, Issuer: tokenIssuer, Audiences: []string{"istio-ca"}, JWKSFile: filepath.Join(dir, "jwks.json")}},
+			o.issuers...)})
 	must(err)
 	background, cancel := context.WithCancel(context.Background())
 	fetching := make(chan error, 1)
@@ -141,22 +167,30 @@ func openDoor(t testing.TB, profiles map[string]ca.ProfileConfig) *door {
 	t.Cleanup(func() { cancel(); <-fetching })
 	certificate, err := serving.New(t.Context(), d.ca, []string{"localhost", "127.0.0.1"}, time.Hour, log)
 	must(err)
-	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: metrics.New(d.registry), Log: log,
-		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(),
-		istio.Connections{MaxAge: time.Hour, MaxAgeGrace: time.Second, MinPing: 5 * time.Second, Ping: time.Minute, PingTimeout: time.Minute, Reflection: true})
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(err)
-	d.address = listener.Addr().String()
+	counters := metrics.New(d.registry)
+	crowd := gate.New(gate.Options{Calls: o.calls, Patience: o.patience, Work: istio.IsCSR, Logger: log, Metrics: counters})
+	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute,
+		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(), o.connections)
+	if o.listener == nil {
+		o.listener, err = net.Listen("tcp", "127.0.0.1:0")
+		must(err)
+	}
+	d.address = o.listener.Addr().String()
 	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(listener) }()
+	go func() { ended <- server.Serve(crowd.Listener(o.listener)) }()
 	t.Cleanup(func() { server.Stop(); <-ended })
 	return d
+}
+
+// tls is what a client needs to know of the door.
+func (d *door) tls() *tls.Config {
+	return &tls.Config{RootCAs: d.roots, ServerName: "localhost", MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"}}
 }
 
 // api connects to the door, with a client certificate or without.
 func (d *door) api(t testing.TB, certificate *tls.Certificate) pb.IstioCertificateServiceClient {
 	t.Helper()
-	config := &tls.Config{RootCAs: d.roots, ServerName: "localhost", MinVersion: tls.VersionTLS12}
+	config := d.tls()
 	if certificate != nil {
 		config.Certificates = []tls.Certificate{*certificate}
 	}

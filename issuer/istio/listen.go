@@ -20,8 +20,11 @@ import (
 const (
 	maxMessage = 256 << 10 // octets; a CSR has at most 16 KiB, and a larger one still gets a clear answer
 	maxHeaders = 32 << 10  // octets; a token has at most 16 KiB
-	maxStreams = 256       // calls at once on one connection
-	handshake  = 10 * time.Second
+	maxStreams = 16        // calls at once on one connection: an istio-agent makes one, a ztunnel some
+	window     = 64 << 10  // octets that a client may send ahead, on a stream and on a connection: the least that HTTP/2 allows, and never more
+
+	// handshake bounds a handshake with all its waiting behind others. What a client is waited for has a limit of its own: see gate.
+	handshake = 2 * time.Minute
 )
 
 // Connections says how connections are kept. Istio's agent pings every 30 s (its environment may lower that to gRPC's floor of
@@ -41,12 +44,18 @@ type Connections struct {
 }
 
 // NewGRPCServer makes the gRPC server of the CSR API's port, with health and, if asked for, reflection.
-// The health service's status is the caller's to set.
+// The health service's status is the caller's to set. The listener that it serves has to be one of s.Gate's.
 func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, *health.Server) {
-	refused := &early{log: s.Log, metrics: s.Metrics}
 	options := []grpc.ServerOption{
-		grpc.Creds(handshakes{credentials.NewTLS(config), refused}),
-		grpc.StatsHandler(refused),
+		grpc.Creds(s.Gate.Credentials(credentials.NewTLS(config))),
+		grpc.StatsHandler(s.Gate.Stats()),
+		grpc.ChainUnaryInterceptor(s.Gate.UnaryInterceptor),
+		grpc.ChainStreamInterceptor(s.Gate.StreamInterceptor),
+		grpc.StaticStreamWindowSize(window),
+		grpc.StaticConnWindowSize(window),
+		grpc.NumStreamWorkers(512),
+		grpc.SharedWriteBuffer(true),
+		grpc.ReadBufferSize(4 << 10),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
@@ -58,7 +67,7 @@ func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, 
 		}),
 	}
 	if c.Streams != nil {
-		options = append(options, grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		options = append(options, grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 			ctx, cancel := context.WithCancel(stream.Context())
 			defer cancel()
 			defer context.AfterFunc(c.Streams, cancel)()

@@ -2,6 +2,7 @@ package istio_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -12,18 +13,24 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/base64"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"math"
 	"math/big"
+	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"regexp"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -31,6 +38,7 @@ import (
 	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/ca"
+	"kedge/issuer/authn"
 )
 
 // badCall is a call that is wrong in one way. A zero field is as it is in a good call.
@@ -73,6 +81,11 @@ func readPromises(t *testing.T) map[string]promise {
 	}
 	return promises
 }
+
+var requestID = regexp.MustCompile(`request id \w{16}`)
+
+// maxText is how many octets of text a refusal may have, whatever was sent.
+const maxText = 1000
 
 // TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise holds docs/refusals.md against the door, row by row, both ways.
 func TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise(t *testing.T) {
@@ -122,12 +135,29 @@ func TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise(t *testing.T) {
 			if !strings.Contains(message, want.says) {
 				t.Errorf("it says %q, promised is %q", message, want.says)
 			}
+			switch id := requestID.FindString(message); {
+			case id == "": // gRPC itself refused it
+			case !strings.Contains(d.log.String(), `"msg":"certificate refused","request_id":"`+id[len("request id "):]+`"`):
+				t.Errorf("the log has no line for %q", message)
+			}
+			if opaque := regexp.MustCompile(`^[a-z ]+; the CA's log says why \(request id \w{16}\)$`); !opaque.MatchString(message) &&
+				(want.code == codes.Unauthenticated || want.code == codes.PermissionDenied) {
+				t.Errorf("it says more than it should: %q", message)
+			}
+			if len(message) > maxText {
+				t.Errorf("it says %d octets: that is no text for people, and the caller's own words: %.300q", len(message), message)
+			}
 			for _, token := range tokens {
 				if secret := strings.TrimPrefix(token, "Bearer "); len(secret) > 20 && strings.Contains(d.log.String()+message, secret) {
 					t.Error("the token is in the log or in the answer")
 				}
 			}
 		})
+	}
+	for line := range strings.Lines(d.log.String()) {
+		if len(line) > 2*maxText {
+			t.Errorf("the log has a line of %d octets: %.300s", len(line), line)
+		}
 	}
 	report, err := d.ledger.Verify(t.Context())
 	if err != nil || len(report.Problems) > 0 {
@@ -146,6 +176,96 @@ func TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise(t *testing.T) {
 	}
 }
 
+// TestAFloodOfUnknownKeyIDsIsRefusedAndHoldsNobodyUp: those who have a good token get their certificates meanwhile, and the issuer is asked once.
+// A token issuer that hangs, and callers with tokens of it, keep no working place from the callers of others.
+func TestAnIssuerThatHangsHoldsUpOnlyItsOwnCallers(t *testing.T) {
+	const most = 3
+	hang, asked := make(chan struct{}), make(chan struct{}, 1)
+	issuer := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		asked <- struct{}{}
+		<-hang
+	}))
+	t.Cleanup(issuer.Close)
+	t.Cleanup(func() { close(hang) })
+	const name = "https://hanging.example"
+	d := openDoorWith(t, doorOptions{calls: most, issuers: []authn.IssuerConfig{{Name: "hanging", Kind: authn.KindKubernetes, Issuer: name, Audiences: []string{"istio-ca"},
+		JWKSURL: issuer.URL}}})
+	<-asked
+	api, csr := d.api(t, nil), csrFor(t, newKey(t), nil)
+	token := signToken(t, must(rsa.GenerateKey(rand.Reader, 2048)), jose.RS256, "k1", with(goodClaims(), "iss", name))
+	ctx, cancel := context.WithCancel(t.Context())
+	var held sync.WaitGroup
+	var ended atomic.Int64
+	for range 5 * most {
+		held.Go(func() {
+			defer ended.Add(1)
+			_, err := api.CreateCertificate(bearer(ctx, token), &pb.IstioCertificateRequest{Csr: csr})
+			if code := status.Code(err); code != codes.Canceled && code != codes.Unavailable {
+				t.Errorf("a caller of the issuer that hangs: %v", err)
+			}
+		})
+	}
+	others := d.api(t, nil)
+	for range 5 * most {
+		if _, err := others.CreateCertificate(bearer(t.Context(), d.token(t)), &pb.IstioCertificateRequest{Csr: csr}); err != nil {
+			t.Errorf("a caller of another issuer: %v", err)
+		}
+	}
+	if n := ended.Load(); n != 0 {
+		t.Errorf("the callers of another issuer were served only after %d of those that are held up", n)
+	}
+	cancel()
+	held.Wait()
+}
+
+func TestAFloodOfUnknownKeyIDsIsRefusedAndHoldsNobodyUp(t *testing.T) {
+	const flood, good = 400, 20
+	key, stranger := must(rsa.GenerateKey(rand.Reader, 2048)), must(rsa.GenerateKey(rand.Reader, 2048))
+	jwks := must(json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1", Algorithm: "RS256", Use: "sig"}}}))
+	var asked atomic.Int64
+	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		_, _ = w.Write(jwks)
+	}))
+	t.Cleanup(issuer.Close)
+	const name = "https://flooded.example"
+	d := openDoorWith(t, doorOptions{issuers: []authn.IssuerConfig{{Name: "flooded", Kind: authn.KindKubernetes, Issuer: name, Audiences: []string{"istio-ca"},
+		JWKSURL: issuer.URL, RefreshInterval: time.Hour, MinRefetch: time.Hour}}})
+	api, csr := d.api(t, nil), csrFor(t, newKey(t), nil)
+	claims := with(goodClaims(), "iss", name)
+	first := signToken(t, key, jose.RS256, "k1", claims)
+	ask := func(token string) error {
+		_, err := api.CreateCertificate(bearer(t.Context(), token), &pb.IstioCertificateRequest{Csr: csr})
+		return err
+	}
+	if err := ask(first); err != nil { // and the keys are there
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for i := range flood {
+		token := signToken(t, stranger, jose.RS256, fmt.Sprintf("unknown-%d", i), claims)
+		all.Go(func() {
+			if err := ask(token); status.Code(err) != codes.Unauthenticated {
+				t.Errorf("an unknown key id: %v", err)
+			}
+		})
+		if i%(flood/good) == 0 {
+			all.Go(func() {
+				if err := ask(first); err != nil {
+					t.Errorf("a good token in the flood: %v", err)
+				}
+			})
+		}
+	}
+	all.Wait()
+	if got := asked.Load(); got != 1 {
+		t.Errorf("the issuer was asked %d times for its keys, want once", got)
+	}
+	if got := strings.Count(d.log.String(), "is not among the issuer's 1 keys"); got != flood {
+		t.Errorf("the log has %d of %d reasons", got, flood)
+	}
+}
+
 func badCalls(t *testing.T, d *door) map[string]badCall {
 	t.Helper()
 	key := newKey(t)
@@ -157,11 +277,12 @@ func badCalls(t *testing.T, d *door) map[string]badCall {
 	request := "CERTIFICATE REQUEST"
 	flipped := bytes.Clone(der(good))
 	flipped[len(flipped)-3] ^= 1
-	var sans []*url.URL
+	var names []string
+	var ids []*url.URL
 	for i := range 10_000 {
-		sans = append(sans, &url.URL{Scheme: "spiffe", Host: "cluster.local", Path: fmt.Sprintf("/ns/n%d/sa/s", i)})
+		names = append(names, fmt.Sprintf("n%04d", i))
+		ids = append(ids, &url.URL{Scheme: "spiffe", Host: "cluster.local", Path: fmt.Sprintf("/ns/n%d/sa/s", i)})
 	}
-	manySANs := csrFor(t, key, &x509.CertificateRequest{URIs: sans})
 	bearer := func(token string) []string { return []string{"Bearer " + token} }
 	sign := func(change string, value any) []string {
 		return bearer(signToken(t, d.key, jose.RS256, "k1", with(goodClaims(), change, value)))
@@ -183,19 +304,29 @@ func badCalls(t *testing.T, d *door) map[string]badCall {
 	return map[string]badCall{
 		"an empty CSR":                          {},
 		"a CSR that is not PEM":                 {csr: "hello"},
+		"nonsense in a PEM block":               {csr: wrap(request, []byte("hello"))},
+		"a CSR that claims two gigabytes":       {csr: wrap(request, []byte("\x30\x84\x7f\xff\xff\xff"))},
+		"a SAN that cannot be read":             {csr: sanCSR(t, key, "spiffe://%zz/"+strings.Repeat("\x01", 8000))},
 		"a PEM block of another type":           {csr: wrap("CERTIFICATE", der(good))},
 		"a truncated CSR":                       {csr: wrap(request, der(good)[:60])},
 		"a PEM block that is cut off":           {csr: good[:len(good)/2]},
 		"two CSRs":                              {csr: good + good},
 		"a CSR of more than 16 KiB":             {csr: wrap(request, make([]byte, 15_000))},
-		"a CSR with ten thousand SANs":          {csr: manySANs[:200_000]},
-		"a message of more than 256 KiB":        {csr: manySANs},
+		"a CSR with ten thousand SANs":          {csr: csrFor(t, key, &x509.CertificateRequest{DNSNames: names})},
+		"a message of more than 256 KiB":        {csr: csrFor(t, key, &x509.CertificateRequest{URIs: ids})},
 		"a CSR whose signature is not good":     {csr: wrap(request, flipped)},
 		"a CSR signed with SHA-1":               {csr: sha1CSR(t)},
 		"an RSA key of 1024 bits":               {csr: rsaCSR(t, 1024, 65537)},
 		"an RSA key of 16384 bits":              {csr: rsaCSR(t, 16384, 65537)},
 		"an RSA key with the exponent 3":        {csr: rsaCSR(t, 2048, 3)},
-		"a P-224 key":                           {csr: p224CSR(t)},
+		"a P-224 key":                           {csr: ecCSR(t, elliptic.P224())},
+		"a P-521 key":                           {csr: ecCSR(t, elliptic.P521())},
+		"an RSA key with an even modulus":       {csr: unsignedCSR(t, &rsa.PublicKey{N: modulus(2048, 0), E: 65537})},
+		"a DSA key":                             {csr: oddKeyCSR(t, oidDSA, []*big.Int{modulus(2048, 1), modulus(256, 1), big.NewInt(2)}, must(asn1.Marshal(big.NewInt(4))))},
+		"an X25519 key":                         {csr: oddKeyCSR(t, oidX25519, nil, make([]byte, 32))},
+		"a key of an unknown algorithm":         {csr: oddKeyCSR(t, oidMLDSA, nil, make([]byte, 1312))},
+		"a point that is not on its curve":      {csr: oddKeyCSR(t, oidEC, oidP256, append([]byte{4}, make([]byte, 64)...))},
+		"a curve of one's own":                  {csr: oddKeyCSR(t, oidEC, []int{1, 2, 3}, append([]byte{4}, make([]byte, 64)...))},
 		"an Ed25519 key":                        {csr: ed25519CSR(t)},
 		"hostile SANs, subject and extensions":  {csr: hostileCSR(t, key)},
 		"a validity of 0":                       {validity: 0},
@@ -219,6 +350,12 @@ func badCalls(t *testing.T, d *door) map[string]badCall {
 		"headers of more than 32 KiB":           {tokens: bearer(strings.Repeat("A", 40<<10))},
 		"alg none":                              {tokens: bearer(none)},
 		"HS256 with the public key":             {tokens: bearer(signToken(t, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: publicPEM}), jose.HS256, "k1", goodClaims()))},
+		"a token in JSON serialization":         {tokens: bearer(`{"payload":"` + parts[1] + `","protected":"` + parts[0] + `","signature":"` + parts[2] + `"}`)},
+		"an encrypted token":                    {tokens: bearer(goodToken + ".x.y")},
+		"a token that brings its own key":       {tokens: bearer(signWith(t, stranger, &jose.SignerOptions{EmbedJWK: true}))},
+		"a token with critical parameters":      {tokens: bearer(signWith(t, d.key, (&jose.SignerOptions{}).WithHeader("crit", []string{"b64"})))},
+		"a token of another type":               {tokens: bearer(signWith(t, d.key, (&jose.SignerOptions{}).WithType("logout+jwt")))},
+		"a token whose claims are not JSON":     {tokens: bearer(parts[0] + "." + base64.RawURLEncoding.EncodeToString([]byte("hello")) + "." + parts[2])},
 		"a token signed with another key":       {tokens: bearer(signToken(t, stranger, jose.RS256, "k1", goodClaims()))},
 		"an unknown key id":                     {tokens: bearer(signToken(t, stranger, jose.RS256, "k2", goodClaims()))},
 		"an unknown issuer":                     {tokens: sign("iss", "https://other.example")},
@@ -226,6 +363,9 @@ func badCalls(t *testing.T, d *door) map[string]badCall {
 		"no audience":                           {tokens: sign("aud", nil)},
 		"an expired token":                      {tokens: sign("exp", time.Now().Add(-time.Hour).Unix())},
 		"a token without expiry":                {tokens: sign("exp", nil)},
+		"a token with an absurd expiry":         {tokens: sign("exp", 1e300)},
+		"a token that was issued in the future": {tokens: sign("iat", time.Now().Add(time.Hour).Unix())},
+		"a token without a subject":             {tokens: sign("sub", nil)},
 		"a token that is not valid yet":         {tokens: sign("nbf", time.Now().Add(time.Hour).Unix())},
 		"a subject that is no service account":  {tokens: sign("sub", "system:node:node-a")},
 		"a subject with a path in it":           {tokens: bearer(signToken(t, d.key, jose.RS256, "k1", with(with(goodClaims(), "sub", "system:serviceaccount:..:a/b"), "kubernetes.io", nil)))},
@@ -237,9 +377,12 @@ func badCalls(t *testing.T, d *door) map[string]badCall {
 // rsaCSR makes a request whose modulus nobody can factor into the caller's key: the size is judged before the signature.
 func rsaCSR(t *testing.T, bits, exponent int) string {
 	t.Helper()
+	return unsignedCSR(t, &rsa.PublicKey{N: modulus(bits, 12345678901), E: exponent})
+}
+
+func modulus(bits int, rest int64) *big.Int {
 	n := new(big.Int).Lsh(big.NewInt(1), uint(bits-1))
-	n.Add(n, big.NewInt(12345678901))
-	return unsignedCSR(t, &rsa.PublicKey{N: n, E: exponent})
+	return n.Add(n, big.NewInt(rest))
 }
 
 // unsignedCSR makes a request for a key without its private half, with a signature that is not good.
@@ -249,6 +392,40 @@ func unsignedCSR(t *testing.T, pub crypto.PublicKey) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return spkiCSR(t, spki)
+}
+
+// oddKeyCSR makes a request for a key of an algorithm of which crypto/x509 makes none.
+func oddKeyCSR(t *testing.T, algorithm asn1.ObjectIdentifier, parameters any, key []byte) string {
+	t.Helper()
+	identifier := pkix.AlgorithmIdentifier{Algorithm: algorithm}
+	if parameters != nil {
+		der, err := asn1.Marshal(parameters)
+		if err != nil {
+			t.Fatal(err)
+		}
+		identifier.Parameters.FullBytes = der
+	}
+	spki, err := asn1.Marshal(struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}{identifier, asn1.BitString{Bytes: key, BitLength: 8 * len(key)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return spkiCSR(t, spki)
+}
+
+var (
+	oidEC     = asn1.ObjectIdentifier{1, 2, 840, 10045, 2, 1}
+	oidP256   = asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7}
+	oidDSA    = asn1.ObjectIdentifier{1, 2, 840, 10040, 4, 1}
+	oidX25519 = asn1.ObjectIdentifier{1, 3, 101, 110}
+	oidMLDSA  = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 3, 17}
+)
+
+func spkiCSR(t *testing.T, spki []byte) string {
+	t.Helper()
 	info, err := asn1.Marshal(struct {
 		Version    int
 		Subject    pkix.RDNSequence
@@ -270,13 +447,20 @@ func unsignedCSR(t *testing.T, pub crypto.PublicKey) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
 }
 
-func p224CSR(t *testing.T) string {
+func ecCSR(t *testing.T, curve elliptic.Curve) string {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	key, err := ecdsa.GenerateKey(curve, rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return csrFor(t, key, nil)
+}
+
+func must[T any](value T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return value
 }
 
 func ed25519CSR(t *testing.T) string {
@@ -310,6 +494,20 @@ func sha1CSR(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+}
+
+// sanCSR makes a request with one URI as it is.
+func sanCSR(t *testing.T, key crypto.Signer, uri string) string {
+	t.Helper()
+	names := must(asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte(uri)}}))
+	return csrFor(t, key, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Value: names}}})
+}
+
+// signWith makes a token with good claims and an odd header.
+func signWith(t *testing.T, key *rsa.PrivateKey, options *jose.SignerOptions) string {
+	t.Helper()
+	signer := must(jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: "k1"}}, options))
+	return must(jwt.Signed(signer).Claims(goodClaims()).Serialize())
 }
 
 func hostileCSR(t *testing.T, key crypto.Signer) string {

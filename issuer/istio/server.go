@@ -6,11 +6,11 @@ package istio
 import (
 	"context"
 	"crypto/rand"
-	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"runtime/debug"
 	"time"
 
@@ -18,7 +18,6 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	grpccodes "google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -28,6 +27,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/issuer/authn"
+	"kedge/issuer/gate"
 	"kedge/issuer/metrics"
 )
 
@@ -36,9 +36,6 @@ const (
 	certSigner           = "CertSigner"           // names a profile; istio-agent always sends it, mostly empty
 	impersonatedIdentity = "ImpersonatedIdentity" // ztunnel asks for a workload on its node
 )
-
-// requestIDText stands before the request id in the text of every refusal.
-const requestIDText = "request id "
 
 // requestIDHeader carries the request id back, in the header of every answer.
 const requestIDHeader = "x-request-id"
@@ -51,7 +48,14 @@ type Server struct {
 	Metrics *metrics.Metrics
 	Log     *slog.Logger
 	Tracer  trace.Tracer
-	Timeout time.Duration // of one call: the agent sets none, and waits with a lock held
+	Gate    *gate.Gate    // at which callers take turns
+	Waiting time.Duration // how long a call may wait for its turn, which costs next to nothing
+	Timeout time.Duration // of one call once it has its turn: the agent sets none, and waits with a lock held
+}
+
+// IsCSR says whether a gRPC method is the CSR API's.
+func IsCSR(method string) bool {
+	return method == pb.IstioCertificateService_CreateCertificate_FullMethodName
 }
 
 // CreateCertificate answers a CSR. The identity is the caller's; of the CSR only the public key counts (I4).
@@ -60,8 +64,6 @@ type Server struct {
 // bundle in one element. The codes are those that make the agent try again when that helps: Unavailable, and no other.
 func (s *Server) CreateCertificate(ctx context.Context, request *pb.IstioCertificateRequest) (*pb.IstioCertificateResponse, error) {
 	began, id := time.Now(), newRequestID()
-	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
-	defer cancel()
 	ctx, span := s.Tracer.Start(ctx, "issue")
 	defer span.End()
 	_ = grpc.SetHeader(ctx, metadata.Pairs(requestIDHeader, id)) // fails only after the header was sent
@@ -75,9 +77,13 @@ func (s *Server) CreateCertificate(ctx context.Context, request *pb.IstioCertifi
 		return nil, answer
 	}
 	s.Metrics.Call(metrics.ResultIssued, time.Since(began))
-	s.Log.LogAttrs(ctx, slog.LevelInfo, "certificate issued", slog.String("request_id", id), slog.String("spiffe_id", issued.ID.String()),
+	attrs := []slog.Attr{slog.String("request_id", id), slog.String("spiffe_id", issued.ID.String()),
 		slog.String("serial", issued.Serial.String()), slog.Uint64("number", issued.Number), slog.String("method", caller.Proofs[0].Method),
-		slog.String("peer", caller.Peer), slog.Time("not_after", issued.NotAfter), slog.Duration("clamped_from", issued.ClampedFrom))
+		slog.String("peer", caller.Peer), slog.Time("not_after", issued.NotAfter)}
+	if issued.ClampedFrom > 0 {
+		attrs = append(attrs, slog.String("clamped_from", ca.DurationText(issued.ClampedFrom)))
+	}
+	s.Log.LogAttrs(ctx, slog.LevelInfo, "certificate issued", attrs...)
 	return &pb.IstioCertificateResponse{CertChain: append(issued.Chain, issued.Bundle.PEM)}, nil
 }
 
@@ -89,9 +95,27 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 			err = errors.New("panic")
 		}
 	}()
-	credentials := callerOf(ctx)
+	credentials, address := callerOf(ctx)
 	credentials.RequestID = id
 	caller.Peer = credentials.Peer
+	leave, err := s.enter(ctx, address)
+	if err != nil {
+		return nil, caller, err
+	}
+	defer func() { leave() }()
+	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
+	defer cancel()
+	credentials.Aside = func() (back func(context.Context) error) {
+		leave()
+		leave = func() {}
+		return func(ctx context.Context) error {
+			again, err := s.Gate.Enter(ctx, address)
+			if err == nil {
+				leave = again
+			}
+			return err
+		}
+	}
 	authenticated, err := s.Callers.Authenticate(ctx, credentials)
 	if err != nil {
 		return nil, caller, err
@@ -119,6 +143,19 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 	return issued, caller, err
 }
 
+// enter waits for the call's turn.
+func (s *Server) enter(ctx context.Context, address net.Addr) (leave func(), err error) {
+	waiting, cancel := context.WithTimeout(ctx, s.Waiting)
+	defer cancel()
+	began := time.Now()
+	leave, err = s.Gate.Enter(waiting, address)
+	s.Metrics.Waited(time.Since(began))
+	if err != nil && ctx.Err() == nil {
+		err = ca.Unavailable(err)
+	}
+	return leave, err
+}
+
 // metadataText reads a field of the request's metadata. One that is not a text is refused rather than passed over.
 func metadataText(request *pb.IstioCertificateRequest, name string) (string, error) {
 	field, ok := request.GetMetadata().GetFields()[name]
@@ -131,9 +168,11 @@ func metadataText(request *pb.IstioCertificateRequest, name string) (string, err
 	return "", ca.Invalid(fmt.Errorf("metadata.%s is not a string", name))
 }
 
-// callerOf takes from a call what may prove who is asking.
-func callerOf(ctx context.Context) authn.Credentials {
-	var c authn.Credentials
+// maxClusterID bounds the caller's own word that goes into the ledger.
+const maxClusterID = 128
+
+// callerOf takes from a call what may prove who is asking, and its address.
+func callerOf(ctx context.Context) (c authn.Credentials, address net.Addr) {
 	if md, ok := metadata.FromIncomingContext(ctx); ok {
 		c.Tokens = md.Get("authorization")
 		if ids := md.Get("clusterid"); len(ids) > 0 {
@@ -141,39 +180,32 @@ func callerOf(ctx context.Context) authn.Credentials {
 		}
 	}
 	if p, ok := peer.FromContext(ctx); ok {
-		c.Peer = p.Addr.String()
-		if tls, ok := p.AuthInfo.(credentials.TLSInfo); ok {
-			c.Certificates = peerCertificates(tls)
+		address, c.Peer = p.Addr, p.Addr.String()
+		if info, ok := p.AuthInfo.(gate.Info); ok {
+			c.Certificates = info.State.PeerCertificates
 		}
 	}
-	return c
-}
-
-// maxClusterID bounds the caller's own word that goes into the ledger.
-const maxClusterID = 128
-
-func peerCertificates(info credentials.TLSInfo) []*x509.Certificate {
-	return info.State.PeerCertificates
+	return c, address
 }
 
 // refuse turns an error into what the caller gets to see. Only a wrong request is explained: for everything else the request id leads an admin to the log.
 func refuse(id string, err error) (result string, answer error) {
 	switch {
 	case errors.Is(err, ca.ErrCSR):
-		return metrics.ResultBadCSR, status.Errorf(grpccodes.InvalidArgument, "%s ("+requestIDText+"%s)", err, id)
+		return metrics.ResultBadCSR, status.Errorf(grpccodes.InvalidArgument, "%s (request id %s)", err, id)
 	case errors.Is(err, ca.ErrInvalid):
-		return metrics.ResultInvalid, status.Errorf(grpccodes.InvalidArgument, "%s ("+requestIDText+"%s)", err, id)
+		return metrics.ResultInvalid, status.Errorf(grpccodes.InvalidArgument, "%s (request id %s)", err, id)
 	case errors.Is(err, ca.ErrUnauthenticated):
-		return metrics.ResultUnauthenticated, status.Errorf(grpccodes.Unauthenticated, "not authenticated; the CA's log says why ("+requestIDText+"%s)", id)
+		return metrics.ResultUnauthenticated, status.Errorf(grpccodes.Unauthenticated, "not authenticated; the CA's log says why (request id %s)", id)
 	case errors.Is(err, ca.ErrDenied):
-		return metrics.ResultDenied, status.Errorf(grpccodes.PermissionDenied, "permission denied; the CA's log says why ("+requestIDText+"%s)", id)
+		return metrics.ResultDenied, status.Errorf(grpccodes.PermissionDenied, "permission denied; the CA's log says why (request id %s)", id)
 	case errors.Is(err, context.Canceled):
-		return metrics.ResultCanceled, status.Errorf(grpccodes.Canceled, "the caller went away ("+requestIDText+"%s)", id)
+		return metrics.ResultCanceled, status.Errorf(grpccodes.Canceled, "the caller went away (request id %s)", id)
 	case errors.Is(err, ca.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
 		// Istio's retry interceptor never repeats DeadlineExceeded, whatever its list says; Unavailable it does.
-		return metrics.ResultUnavailable, status.Errorf(grpccodes.Unavailable, "temporarily unavailable, try again; the CA's log says why ("+requestIDText+"%s)", id)
+		return metrics.ResultUnavailable, status.Errorf(grpccodes.Unavailable, "temporarily unavailable, try again; the CA's log says why (request id %s)", id)
 	}
-	return metrics.ResultInternal, status.Errorf(grpccodes.Internal, "internal error; the CA's log says which ("+requestIDText+"%s)", id)
+	return metrics.ResultInternal, status.Errorf(grpccodes.Internal, "internal error; the CA's log says which (request id %s)", id)
 }
 
 func (s *Server) logRefusal(ctx context.Context, id, result string, caller ca.Caller, err error) {
@@ -183,6 +215,9 @@ func (s *Server) logRefusal(ctx context.Context, id, result string, caller ca.Ca
 		level = slog.LevelError
 	case metrics.ResultCanceled:
 		level = slog.LevelInfo
+	}
+	if errors.Is(err, ledger.ErrSuperseded) { // a join token is in two hands
+		level = slog.LevelError
 	}
 	attrs := []slog.Attr{slog.String("request_id", id), slog.String("result", result), slog.String("reason", err.Error()), slog.String("peer", caller.Peer)}
 	if !caller.ID.IsZero() {

@@ -1,16 +1,25 @@
 package istio_test
 
 import (
-	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -23,7 +32,6 @@ import (
 
 	"kedge/ca"
 	"kedge/ca/ledger"
-	"kedge/issuer/istio"
 )
 
 func TestTheChainIsLeafFirstOneCertificateAnElementAndTheBundleLast(t *testing.T) {
@@ -66,6 +74,62 @@ func firstCertificate(t *testing.T, text string) *x509.Certificate {
 		t.Fatal(err)
 	}
 	return cert
+}
+
+// TestEveryAnswerIsAnSVIDForGoSpiffeAndForOpenSSL: what the CSR API hands out, for each kind of key that istio-agents make and each that the default
+// policy allows at its ends.
+func TestEveryAnswerIsAnSVIDForGoSpiffeAndForOpenSSL(t *testing.T) {
+	d := openDoor(t, nil)
+	api := d.api(t, nil)
+	generate := map[string]func() (crypto.Signer, error){
+		"P-256":    func() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) },
+		"P-384":    func() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P384(), rand.Reader) },
+		"RSA-2048": func() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 2048) },
+		"RSA-4096": func() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 4096) },
+	}
+	for kind, generate := range generate {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			key, err := generate()
+			if err != nil {
+				t.Fatal(err)
+			}
+			answer, err := api.CreateCertificate(bearer(t.Context(), d.token(t)), &pb.IstioCertificateRequest{Csr: csrFor(t, key, nil)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain := answer.GetCertChain()
+			leaf, between, roots := chain[0], strings.Join(chain[1:len(chain)-1], ""), chain[len(chain)-1]
+			pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			svid, err := x509svid.Parse([]byte(leaf+between), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}))
+			if err != nil {
+				t.Fatalf("go-spiffe: %v", err)
+			}
+			bundle, err := x509bundle.Parse(td, []byte(roots))
+			if err != nil {
+				t.Fatalf("go-spiffe: %v", err)
+			}
+			if id, _, err := x509svid.Verify(svid.Certificates, bundle); err != nil || id.String() != "spiffe://cluster.local/ns/ns1/sa/sa1" {
+				t.Errorf("go-spiffe: %s %v", id, err)
+			}
+			dir := t.TempDir()
+			for name, text := range map[string]string{"leaf": leaf, "between": between, "roots": roots} {
+				if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, purpose := range []string{"sslclient", "sslserver"} {
+				command := exec.Command("openssl", "verify", "-x509_strict", "-check_ss_sig", "-purpose", purpose, "-CAfile", "roots", "-untrusted", "between", "leaf")
+				command.Dir = dir
+				if out, err := command.CombinedOutput(); err != nil || string(out) != "leaf: OK\n" {
+					t.Errorf("openssl, %s: %v\n%s", purpose, err, out)
+				}
+			}
+		})
+	}
 }
 
 func TestMoreThanTheMaximumIsClampedAndCounted(t *testing.T) {
@@ -258,6 +322,106 @@ func TestAJoinTokenMayBeRedeemedAgainThreeTimesUntilItsSVIDIsConfirmed(t *testin
 	}
 }
 
+// Two parties with one token: who comes second has what counts. When the first did get its response, showing it is loud and leads nowhere.
+func TestASVIDWhoseJoinTokenWasRedeemedAgainRenewsNothing(t *testing.T) {
+	d := openDoor(t, nil)
+	type svid struct {
+		*tls.Certificate
+		serial string
+	}
+	ask := func(with *tls.Certificate, token string) (svid, error) {
+		t.Helper()
+		key, ctx := newKey(t), t.Context()
+		if token != "" {
+			ctx = bearer(ctx, token)
+		}
+		answer, err := d.api(t, with).CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: csrFor(t, key, nil)})
+		if err != nil {
+			return svid{}, err
+		}
+		block, _ := pem.Decode([]byte(answer.GetCertChain()[0]))
+		return svid{&tls.Certificate{PrivateKey: key, Certificate: [][]byte{block.Bytes}}, d.newest(t).Serial.String()}, nil
+	}
+	redeem := func(token string) svid {
+		t.Helper()
+		got, err := ask(nil, token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	loud := func(reason string) bool {
+		for line := range strings.Lines(d.log.String()) {
+			if strings.Contains(line, `"level":"ERROR"`) && strings.Contains(line, reason) {
+				return true
+			}
+		}
+		return false
+	}
+
+	token := d.joinToken(t, false)
+	first, second := redeem(token), redeem(token)
+	if _, err := ask(first.Certificate, ""); status.Code(err) != codes.Unauthenticated || strings.Contains(err.Error(), "superseded") {
+		t.Errorf("the first, after the token was redeemed again: %v", err)
+	}
+	if !loud("client certificate "+first.serial+" of spiffe://cluster.local/ns/edge/sa/vm, number") || !loud("two parties used one token") {
+		t.Error("the log does not say so loudly")
+	}
+	if _, err := ask(second.Certificate, ""); err != nil {
+		t.Errorf("the second: %v", err)
+	}
+	if _, err := ask(first.Certificate, token); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("the first with the token, after the second was seen to be held: %v", err)
+	}
+
+	token = d.joinToken(t, false)
+	first = redeem(token)
+	if _, err := ask(first.Certificate, ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ask(nil, token); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("the token, after the first was seen to be held: %v", err)
+	}
+
+	token = d.joinToken(t, true)
+	first, second = redeem(token), redeem(token)
+	for _, one := range []svid{first, second} {
+		if _, err := ask(one.Certificate, ""); err != nil {
+			t.Errorf("of a reusable token: %v", err)
+		}
+	}
+	if report, err := d.ledger.Verify(t.Context()); err != nil || len(report.Problems) > 0 {
+		t.Errorf("verify: %v, %v", report.Problems, err)
+	}
+}
+
+// A token comes with the SVID that it got, as from an agent that keeps both: the certificate does not count, and the log is loud though the token does.
+func TestASupersededSVIDIsLoudThoughTheTokenCounts(t *testing.T) {
+	d := openDoor(t, nil)
+	token := d.joinToken(t, false)
+	var first *tls.Certificate
+	for range 2 {
+		key := newKey(t)
+		answer, err := d.api(t, nil).CreateCertificate(bearer(t.Context(), token), &pb.IstioCertificateRequest{Csr: csrFor(t, key, nil)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first == nil {
+			block, _ := pem.Decode([]byte(answer.GetCertChain()[0]))
+			first = &tls.Certificate{PrivateKey: key, Certificate: [][]byte{block.Bytes}}
+		}
+	}
+	if _, err := d.api(t, first).CreateCertificate(bearer(t.Context(), token), &pb.IstioCertificateRequest{Csr: csrFor(t, newKey(t), nil)}); err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(d.log.String()) {
+		if strings.Contains(line, `"level":"ERROR"`) && strings.Contains(line, "the client certificate does not count, the token does") && strings.Contains(line, "two parties") {
+			return
+		}
+	}
+	t.Errorf("the log does not say so loudly:\n%s", d.log)
+}
+
 func TestAJoinTokenThatTheLedgerDoesNotKnowIsRefused(t *testing.T) {
 	d := openDoor(t, nil)
 	token, _, err := d.join.Create(spiffeid.RequireFromString("spiffe://cluster.local/ns/edge/sa/vm"), time.Minute, false)
@@ -336,14 +500,5 @@ func TestTheServerSpeaksTLS12WithGCMAnd13AndNothingOlder(t *testing.T) {
 	}
 	if _, err := dial(&tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA}}); err == nil {
 		t.Error("CBC is spoken")
-	}
-}
-
-func TestACallThatTakesTooLongIsUnavailableSinceAgentsRepeatNothingElse(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 0)
-	defer cancel()
-	_, answer := istio.Refuse("id", ctx.Err())
-	if status.Code(answer) != codes.Unavailable {
-		t.Errorf("answer %v", answer)
 	}
 }

@@ -9,6 +9,7 @@ import (
 
 	"kedge/ca"
 	"kedge/ca/ledger"
+	"kedge/issuer/gate"
 )
 
 // Metrics are the counters of one CA. Make them with New.
@@ -18,7 +19,9 @@ type Metrics struct {
 	issued   *prometheus.CounterVec // kedge_certificates_issued_total
 	clamped  prometheus.Counter     // kedge_ttl_clamped_total
 
-	handshakes prometheus.Counter // kedge_handshake_failures_total
+	waited     prometheus.Histogram   // kedge_csr_wait_seconds
+	refused    *prometheus.CounterVec // kedge_refused_total
+	handshakes *prometheus.CounterVec // kedge_handshakes_total
 
 	commitSeconds prometheus.Histogram // kedge_ledger_commit_duration_seconds
 	commitEvents  prometheus.Histogram // kedge_ledger_commit_events
@@ -46,12 +49,14 @@ func New(registry prometheus.Registerer) *Metrics {
 		return h
 	}
 	seconds := prometheus.ExponentialBuckets(0.00025, 2, 16) // 0.25 ms to 8 s
-	return &Metrics{
+	m := &Metrics{
 		requests:      vector("kedge_csr_requests_total", "Calls of the CSR API, by how they ended.", "result"),
 		duration:      histogram("kedge_csr_duration_seconds", "Time from the call to the answer of the CSR API.", seconds),
 		issued:        vector("kedge_certificates_issued_total", "SVIDs handed out, by profile and by how the caller proved itself.", "profile", "method"),
 		clamped:       counter("kedge_ttl_clamped_total", "SVIDs that were given the profile's maximum TTL because more was asked for."),
-		handshakes:    counter("kedge_handshake_failures_total", "TLS handshakes on the CSR API's port that failed."),
+		waited:        histogram("kedge_csr_wait_seconds", "Time that calls of the CSR API waited for their turn.", seconds),
+		refused:       vector("kedge_refused_total", "What was refused at the gate: connection, call; idle-closed: an idle connection that made room for a new one; slow-closed: one whose client did not send the rest of a request.", "reason"),
+		handshakes:    vector("kedge_handshakes_total", "TLS handshakes on the CSR API's port, by how they ended: good, failed.", "result"),
 		commitSeconds: histogram("kedge_ledger_commit_duration_seconds", "Time of one ledger commit, until it is durable.", seconds),
 		commitEvents:  histogram("kedge_ledger_commit_events", "Events in one ledger commit.", prometheus.ExponentialBuckets(1, 2, 10)),
 		commitFailed:  counter("kedge_ledger_commit_failures_total", "Ledger commits that failed: the callers in them were refused."),
@@ -61,6 +66,14 @@ func New(registry prometheus.Registerer) *Metrics {
 		csrSign:       vector("citadel_server_csr_sign_err_count", "The number of errors occurred when signing the CSR.", "error"),
 		success:       counter("citadel_server_success_cert_issuance_count", "The number of certificates issuances that have succeeded."),
 	}
+	// What can be counted is there from the start, at 0, so that a rate of it can be told.
+	for _, reason := range []string{gate.RefusedConnection, gate.RefusedCall, gate.ClosedIdle, gate.ClosedSlow} {
+		m.refused.WithLabelValues(reason)
+	}
+	for _, result := range []string{handshakeGood, handshakeFailed} {
+		m.handshakes.WithLabelValues(result)
+	}
+	return m
 }
 
 // The results of a call of the CSR API.
@@ -93,8 +106,28 @@ func (m *Metrics) Call(result string, d time.Duration) {
 	}
 }
 
-// Handshake counts a TLS handshake that failed.
-func (m *Metrics) Handshake() { m.handshakes.Inc() }
+const (
+	handshakeGood   = "good"
+	handshakeFailed = "failed"
+)
+
+// Handshake counts a TLS handshake.
+func (m *Metrics) Handshake(err error) {
+	result := handshakeGood
+	if err != nil {
+		result = handshakeFailed
+	}
+	m.handshakes.WithLabelValues(result).Inc()
+}
+
+// Unread counts a call that gRPC refused by itself.
+func (m *Metrics) Unread(d time.Duration) { m.Call(ResultUnread, d) }
+
+// Refused counts what was refused at the gate.
+func (m *Metrics) Refused(reason string) { m.refused.WithLabelValues(reason).Inc() }
+
+// Waited counts a call that had to wait for its turn.
+func (m *Metrics) Waited(d time.Duration) { m.waited.Observe(d.Seconds()) }
 
 // Issued counts an SVID.
 func (m *Metrics) Issued(profile, method string, clamped bool) {
@@ -117,23 +150,28 @@ func (m *Metrics) Commit(c ledger.Commit) {
 // Collector reads the state of a CA when it is scraped.
 type Collector struct {
 	CA       *ca.CA
-	Problems func() []error // what is wrong though the CA goes on; nil: what the CA itself says
+	Problems func() []error   // what is wrong though the CA goes on; nil: what the CA itself says
+	Gate     *gate.Gate       // of the CSR API's port
+	Serving  func() time.Time // when the serving certificate expires; zero while there is none
 }
 
 var (
-	authorityDesc = prometheus.NewDesc("kedge_authority_not_after_timestamp_seconds", "When an authority that is not removed expires.", []string{"id", "role", "state"}, nil)
-	liveDesc      = prometheus.NewDesc("kedge_live_certificates", "Unexpired certificates in the ledger's holdings.", nil, nil)
-	sequenceDesc  = prometheus.NewDesc("kedge_bundle_sequence", "Sequence number of the trust bundle.", nil, nil)
-	numberDesc    = prometheus.NewDesc("kedge_ledger_number", "Number of the ledger's last event.", nil, nil)
-	faultDesc     = prometheus.NewDesc("kedge_ledger_fault", "1 while the ledger takes no event.", nil, nil)
-	problemsDesc  = prometheus.NewDesc("kedge_problems", "How many things are wrong though the CA goes on: see kedge doctor.", nil, nil)
-	rootDesc      = prometheus.NewDesc("citadel_server_root_cert_expiry_timestamp", "The unix timestamp, in seconds, when the root cert will expire.", nil, nil)
-	chainDesc     = prometheus.NewDesc("citadel_server_cert_chain_expiry_timestamp", "The unix timestamp, in seconds, when the cert chain will expire.", nil, nil)
+	authorityDesc   = prometheus.NewDesc("kedge_authority_not_after_timestamp_seconds", "When an authority that is not removed expires.", []string{"id", "role", "state"}, nil)
+	liveDesc        = prometheus.NewDesc("kedge_live_certificates", "Unexpired certificates in the ledger's holdings.", nil, nil)
+	sequenceDesc    = prometheus.NewDesc("kedge_bundle_sequence", "Sequence number of the trust bundle.", nil, nil)
+	numberDesc      = prometheus.NewDesc("kedge_ledger_number", "Number of the ledger's last event.", nil, nil)
+	faultDesc       = prometheus.NewDesc("kedge_ledger_fault", "1 while the ledger takes no event.", nil, nil)
+	problemsDesc    = prometheus.NewDesc("kedge_problems", "How many things are wrong though the CA goes on: see kedge doctor.", nil, nil)
+	connectionsDesc = prometheus.NewDesc("kedge_connections", "Connections to the CSR API's port.", []string{"state"}, nil)
+	waitingDesc     = prometheus.NewDesc("kedge_waiting", "Handshakes and calls that wait for their turn.", []string{"what"}, nil)
+	servingDesc     = prometheus.NewDesc("kedge_serving_certificate_not_after_timestamp_seconds", "When the certificate of the CSR API's server expires; 0 while there is none.", nil, nil)
+	rootDesc        = prometheus.NewDesc("citadel_server_root_cert_expiry_timestamp", "The unix timestamp, in seconds, when the root cert will expire.", nil, nil)
+	chainDesc       = prometheus.NewDesc("citadel_server_cert_chain_expiry_timestamp", "The unix timestamp, in seconds, when the cert chain will expire.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, rootDesc, chainDesc} {
+	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, connectionsDesc, waitingDesc, servingDesc, rootDesc, chainDesc} {
 		ch <- d
 	}
 }
@@ -178,6 +216,16 @@ func (c Collector) Collect(ch chan<- prometheus.Metric) {
 		problems = c.Problems
 	}
 	gauge(problemsDesc, float64(len(problems())))
+	counts := c.Gate.Counts()
+	gauge(connectionsDesc, float64(counts.Connections-counts.Idle), "busy")
+	gauge(connectionsDesc, float64(counts.Idle), "idle")
+	gauge(waitingDesc, float64(counts.WaitingHandshakes), "handshake")
+	gauge(waitingDesc, float64(counts.WaitingCalls), "call")
+	var serving float64
+	if end := c.Serving(); !end.IsZero() {
+		serving = float64(end.Unix())
+	}
+	gauge(servingDesc, serving)
 	gauge(rootDesc, float64(root.Unix()))
 	if !chain.IsZero() {
 		gauge(chainDesc, float64(chain.Unix()))

@@ -3,6 +3,7 @@ package ops
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"sync"
@@ -14,6 +15,7 @@ import (
 
 const (
 	probeLimit = 3 * time.Second // how long one probe of readiness may take
+	hangLimit  = 4 * time.Second // how long anybody waits for one that does not heed that
 	probeAge   = time.Second     // how long its outcome serves further calls: each probe costs a signature and an fsync
 )
 
@@ -22,8 +24,9 @@ type Readiness struct {
 	Probe func(context.Context) error
 
 	mu       sync.Mutex
-	at       time.Time
-	err      error
+	at       time.Time     // when the last probe ended …
+	err      error         // … with this outcome
+	probing  chan struct{} // closed when the probe that is under way has ended; nil: none is
 	draining bool
 }
 
@@ -34,20 +37,45 @@ func (r *Readiness) Drain() {
 	r.draining = true
 }
 
-// Check probes, at most once a second however many ask.
+// Check probes, at most once a second however many ask. A probe that does not end, since the disk hangs, is an answer as well.
 func (r *Readiness) Check() error {
+	if probing := r.begin(); probing != nil {
+		timer := time.NewTimer(hangLimit)
+		defer timer.Stop()
+		select {
+		case <-probing:
+		case <-timer.C:
+			return fmt.Errorf("a probe signature and a durable write to the ledger take longer than %s: the disk or the key store hangs", hangLimit)
+		}
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.draining {
-		return fmt.Errorf("stopping")
+		return errors.New("stopping")
 	}
-	if !r.at.IsZero() && time.Since(r.at) < probeAge {
-		return r.err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), probeLimit) // its outcome is everybody's, so it does not end with one caller
-	defer cancel()
-	r.err, r.at = r.Probe(ctx), time.Now()
 	return r.err
+}
+
+// begin returns the probe to wait for; nil when the last one was just now.
+func (r *Readiness) begin() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.probing == nil && !r.draining && (r.at.IsZero() || time.Since(r.at) >= probeAge) {
+		r.probing = make(chan struct{})
+		go r.probe(r.probing)
+	}
+	return r.probing
+}
+
+// probe has one outcome for everybody who waits, so it ends with none of them.
+func (r *Readiness) probe(done chan<- struct{}) {
+	ctx, cancel := context.WithTimeout(context.Background(), probeLimit)
+	defer cancel()
+	err := r.Probe(ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.err, r.at, r.probing = err, time.Now(), nil
+	close(done)
 }
 
 // NewServer makes the HTTP server. problems lists what is wrong though the CA goes on; /readyz shows it below its verdict.

@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 
 	"kedge/ca"
@@ -95,6 +96,20 @@ func readKey(path string, p passphrase) (crypto.Signer, error) {
 		return nil, fmt.Errorf("the key file %s: %w", path, err)
 	}
 	return key, nil
+}
+
+// keyFileOf reads a key file without looking into it.
+func keyFileOf(path string) (ca.KeyFile, error) {
+	text, err := read(path, 0o077, 0o600)
+	if err != nil {
+		return ca.KeyFile{}, fmt.Errorf("the key file: %w", err)
+	}
+	block, _ := pem.Decode(text)
+	encrypted := block != nil && block.Type == sealedType
+	if block != nil {
+		clear(block.Bytes)
+	}
+	return ca.KeyFile{Name: filepath.Base(path), Content: text, Clear: !encrypted}, nil
 }
 
 // decodeKey reads the text of a key file. The path is only for what to do about it.

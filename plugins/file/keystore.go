@@ -29,7 +29,7 @@ type KeyStore struct {
 	passphrase passphrase
 }
 
-var _ ca.KeyStore = (*KeyStore)(nil)
+var _ ca.PortableKeyStore = (*KeyStore)(nil)
 
 // OpenKeyStore opens the key store, and makes sure that it can be used: the folder, and the passphrase file when one is named.
 func OpenKeyStore(o KeyStoreOptions) (*KeyStore, error) {
@@ -104,6 +104,14 @@ func (s *KeyStore) Delete(ctx context.Context, ref string) error {
 		return fmt.Errorf("deleting the key %s: %w", ref, err)
 	}
 	return atomicfile.SyncFolder(s.dir)
+}
+
+// File returns the key's file as it is on disk. Without such a key the error wraps fs.ErrNotExist.
+func (s *KeyStore) File(ctx context.Context, ref string) (ca.KeyFile, error) {
+	if err := s.check(ctx, ref, "reading"); err != nil {
+		return ca.KeyFile{}, err
+	}
+	return keyFileOf(s.path(ref))
 }
 
 // check lets nothing but a key id become a path.

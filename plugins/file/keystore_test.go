@@ -2,6 +2,7 @@ package file
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -170,5 +171,33 @@ func TestThePassphraseFileIsCheckedAtOnce(t *testing.T) {
 	}
 	if _, err := OpenKeyStore(KeyStoreOptions{Dir: t.TempDir(), PassphraseFile: "/nowhere/it/is"}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a passphrase file that is not there: %v", err)
+	}
+}
+
+func TestTheFileOfAKeyIsWhatABackupHolds(t *testing.T) {
+	t.Parallel()
+	phrase := writePassphrase(t, "open sesame\n")
+	for _, passphrase := range []string{"", phrase} {
+		store := openKeyStore(t, KeyStoreOptions{Dir: filepath.Join(t.TempDir(), "keys"), PassphraseFile: passphrase})
+		ref, key, err := store.Create(t.Context(), ca.P256)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept, err := store.File(t.Context(), ref)
+		if err != nil || kept.Clear != (passphrase == "") {
+			t.Fatalf("%+v, %v", kept, err)
+		}
+		other := openKeyStore(t, KeyStoreOptions{Dir: filepath.Join(t.TempDir(), "keys"), PassphraseFile: passphrase})
+		put(t, other.dir, map[string][]byte{kept.Name: kept.Content})
+		again, err := other.Open(t.Context(), ref)
+		if err != nil || !again.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(key.Public()) {
+			t.Errorf("in another folder: %v", err)
+		}
+		if _, err := store.File(t.Context(), strings.Repeat("0", 64)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a key that is not there: %v", err)
+		}
+		if _, err := store.File(t.Context(), "../root/root-key"); err == nil || errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a name that is none: %v", err)
+		}
 	}
 }

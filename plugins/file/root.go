@@ -70,7 +70,7 @@ type Root struct {
 	created     bool
 }
 
-var _ ca.Root = (*Root)(nil)
+var _ ca.PortableRoot = (*Root)(nil)
 
 // OpenRoot reads the root from its folder, or makes one when there never was any. It returns only once all of it is on disk.
 func OpenRoot(o RootOptions) (*Root, error) {
@@ -382,3 +382,19 @@ func (r *Root) Roots(context.Context) ([]*x509.Certificate, error) {
 
 // Changed returns nil: the root stays what it is.
 func (r *Root) Changed() <-chan struct{} { return nil }
+
+// Files returns the certificate and the key, as they are on disk.
+func (r *Root) Files(ctx context.Context) ([]ca.KeyFile, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("reading the files of the root in %s: %w", r.dir, err)
+	}
+	cert, err := read(r.path(certificateFile), 0, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("the root certificate: %w", err)
+	}
+	key, err := keyFileOf(r.path(r.keyName))
+	if err != nil {
+		return nil, err
+	}
+	return []ca.KeyFile{{Name: certificateFile, Content: cert}, key}, nil
+}

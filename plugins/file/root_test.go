@@ -563,3 +563,26 @@ func list(t *testing.T, dir string) string {
 	}
 	return strings.Join(names, " ")
 }
+
+func TestTheFilesOfARootAreWhatABackupHolds(t *testing.T) {
+	for _, recorded := range []bool{false, true} {
+		root := openUnrecorded(t, RootOptions{Dir: t.TempDir()})
+		if recorded {
+			if err := root.Recorded(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		kept, err := root.Files(t.Context())
+		if err != nil || len(kept) != 2 || kept[0].Clear || !kept[1].Clear {
+			t.Fatalf("%d files, %v", len(kept), err)
+		}
+		dir := t.TempDir()
+		for _, file := range kept {
+			put(t, dir, map[string][]byte{file.Name: file.Content})
+		}
+		again := openUnrecorded(t, RootOptions{Dir: dir})
+		if !again.cert.Equal(root.cert) || again.Created() == recorded {
+			t.Errorf("recorded %t: in another folder it is another root, or counts as made here: %t", recorded, again.Created())
+		}
+	}
+}

@@ -20,21 +20,12 @@ import (
 // TestAFullDiskHealsByItself: nothing is issued that cannot be recorded, reading goes on, and when there is room again so does issuing.
 func TestAFullDiskHealsByItself(t *testing.T) {
 	t.Parallel()
-	disk := t.TempDir()
-	if err := syscall.Mount("kedge-test", disk, "tmpfs", 0, "size=40m,mode=0700"); err != nil {
+	cluster := process.NewCluster(t)
+	k, disk, err := newCAOnASmallDisk(t, cluster)
+	if err != nil {
 		process.Impossible(t, "mounting a small tmpfs", err)
 		return
 	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(disk, syscall.MNT_DETACH); err != nil {
-			t.Errorf("unmounting the tmpfs: %v", err)
-		}
-	})
-	cluster := process.NewCluster(t)
-	k := newCA(t, cluster, "")
-	k.Data = filepath.Join(disk, "data")
-	process.Write(t, k.Config, process.Read(t, k.Config)+fmt.Sprintf("dataDir: %q\n", k.Data))
-	t.Cleanup(func() { k.Kill(t) }) // before the tmpfs goes
 	k.Start(t)
 	l := newLoad(t, cluster)
 	stop := l.start(t, k)
@@ -97,6 +88,25 @@ func TestAFullDiskHealsByItself(t *testing.T) {
 	k.Stop(t)
 	k.Start(t)
 	l.check(t, k)
+}
+
+// newCAOnASmallDisk makes a CA whose data folder is on a file system of 4 MiB, mounted at disk.
+func newCAOnASmallDisk(t *testing.T, cluster *process.Cluster) (k *process.Kedge, disk string, err error) {
+	t.Helper()
+	disk = t.TempDir()
+	if err := syscall.Mount("kedge-test", disk, "tmpfs", 0, "size=40m,mode=0700"); err != nil {
+		return nil, "", err
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(disk, syscall.MNT_DETACH); err != nil {
+			t.Errorf("unmounting the tmpfs: %v", err)
+		}
+	})
+	k = newCA(t, cluster, "")
+	k.Data = filepath.Join(disk, "data")
+	process.Write(t, k.Config, process.Read(t, k.Config)+fmt.Sprintf("dataDir: %q\n", k.Data))
+	t.Cleanup(func() { k.Kill(t) }) // before the tmpfs goes
+	return k, disk, nil
 }
 
 // fill writes a file until there is no room for another octet.

@@ -2,17 +2,25 @@ package crash
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/stats"
+	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/test/process"
 )
@@ -144,5 +152,121 @@ func TestNobodyHoldsUpAStop(t *testing.T) {
 		if err := conn.Close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestASecondSIGTERMEndsItAtOnce: a caller who began a call and does not send its request holds the first one up.
+func TestASecondSIGTERMEndsItAtOnce(t *testing.T) {
+	t.Parallel()
+	k := newCA(t, process.NewCluster(t), "")
+	k.Start(t)
+	caller := k.Dial(t, nil)
+	if _, err := caller.Conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, pb.IstioCertificateService_CreateCertificate_FullMethodName); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := caller.Health(t.Context()); err != nil { // it has taken up the call before
+		t.Fatal(err)
+	}
+	k.Terminate(t)
+	process.Eventually(t, "the process to say that it stops", func() error {
+		if !strings.Contains(k.Log(), `"msg":"stopping: `) {
+			return errors.New("it has not")
+		}
+		return nil
+	})
+	process.Eventually(t, "its end", func() error {
+		if k.Ended() {
+			return nil
+		}
+		k.Terminate(t)
+		return errors.New("it goes on")
+	})
+	if code := k.Wait(t); code != -1 {
+		t.Errorf("it ended with exit code %d, and not by the signal\n%s", code, k.Log())
+	}
+	k.Start(t) // nothing that it left behind is in the way
+	k.CheckLedger(t, nil)
+}
+
+// TestSIGTERMDuringTheFirstStart stops the process while a data folder comes into being, which a slow disk makes long. It ends as if it had never been
+// in a hurry: exit code 0, nothing but log lines that tell of no error, and a folder that the next start takes up.
+func TestSIGTERMDuringTheFirstStart(t *testing.T) {
+	t.Parallel()
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		process.Impossible(t, "strace is not installed", err)
+		return
+	}
+	var early atomic.Int64
+	t.Run("stages", func(t *testing.T) {
+		for _, stage := range []string{"lock", "ledger.db", "root/root-cert.pem", "root/root-key.pem", "keys/*.pem", "join-token-keys/*.pem",
+			"join-token-keys/current", "root-cert.pem", "admin.sock"} {
+			t.Run(stage, func(t *testing.T) {
+				t.Parallel()
+				k := newCA(t, process.NewCluster(t), "")
+				const slow = "fsync,fdatasync"
+				k.Through = []string{strace, "--follow-forks", "--output=/dev/null", "--trace=" + slow, "--inject=" + slow + ":delay_enter=100000"} // microseconds
+				k.Launch(t)
+				process.Eventually(t, stage, func() error {
+					found, err := filepath.Glob(filepath.Join(k.Data, stage))
+					if err == nil && len(found) == 0 {
+						err = fs.ErrNotExist
+					}
+					return err
+				})
+				var pid int
+				process.Eventually(t, "the process's own id", func() (err error) {
+					text, err := os.ReadFile(filepath.Join(k.Data, "lock"))
+					if err != nil {
+						return err
+					}
+					pid, err = strconv.Atoi(strings.TrimSpace(string(text)))
+					return err
+				})
+				if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+					t.Fatal(err)
+				}
+				if code := k.Wait(t); code != 0 {
+					t.Errorf("exit code %d\n%s", code, k.Log())
+				}
+				stopping := 0
+				for line := range strings.Lines(k.Log()) {
+					var entry struct{ Level, Msg string }
+					if err := json.Unmarshal([]byte(line), &entry); err != nil || entry.Level != "INFO" {
+						t.Errorf("it says %s", line)
+					}
+					if strings.HasPrefix(entry.Msg, "stopping: ") {
+						stopping++
+					}
+				}
+				if stopping != 1 {
+					t.Errorf("it says %d times that it is stopping\n%s", stopping, k.Log())
+				}
+				if !strings.Contains(k.Greeting(t), "\nNext: ") {
+					early.Add(1)
+				}
+				for _, left := range []string{"admin.sock", ".*", "*/.*", "root/root-key.new.pem"} {
+					if found, err := filepath.Glob(filepath.Join(k.Data, left)); err != nil || len(found) > 0 {
+						t.Errorf("it leaves %q behind (%v)", found, err)
+					}
+				}
+				k.Through = nil
+				k.Start(t)
+				if out := k.Must(t, "authority", "list"); strings.Count(out, " root ") != 1 || strings.Count(out, " active ") != 2 || strings.Count(out, "\n") != 3 {
+					t.Errorf("after the next start:\n%s", out)
+				}
+				if keys, err := filepath.Glob(filepath.Join(k.Data, "keys", "*")); err != nil || len(keys) != 1 {
+					t.Errorf("there are the keys %q (%v)", keys, err)
+				}
+				if founded := k.Export(t)[0].Authority; founded == nil || founded.Record.Coverage.Kind != "complete" {
+					t.Errorf("the ledger does not know all of its root's past: %+v", founded)
+				}
+				k.CheckLedger(t, nil)
+				k.Stop(t)
+			})
+		}
+	})
+	if early.Load() == 0 {
+		t.Error("every stop came after the CA had started: are its stages still found?")
 	}
 }

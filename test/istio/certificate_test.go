@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -85,6 +86,41 @@ func TestAnAgentGoesOnWhenItsConnectionOutlivesItsClientCertificate(t *testing.T
 			t.Errorf("number %d was proved by %v", r.Number, r.Issue.Proofs)
 		}
 	}
+	k.checkLedger(t)
+}
+
+// What 'kedge svid fetch' writes is the agent's PROV_CERT, before and after it changed; and what the agent writes is taken over.
+func TestAnAgentRenewsByWhatSVIDFetchWrote(t *testing.T) {
+	t.Parallel()
+	k := startKedge(t)
+	a := newAgent(t, k, nil)
+	given, prov := filepath.Join(a.dir, "given"), filepath.Join(a.dir, "prov")
+	write(t, given, k.issuer.sign(t, token{}))
+	fetch := func(dir string, proof ...string) *x509.Certificate {
+		t.Helper()
+		run(t, kedgeBin, append([]string{"svid", "fetch", "--config", k.configFile, "--out", dir}, proof...)...)
+		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert-chain.pem"), filepath.Join(dir, "key.pem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pair.Leaf
+	}
+	var seen []*identity
+	replaced := func(shown *x509.Certificate, folder string) {
+		t.Helper()
+		a.start(t, "SECRET_TTL=1h", "ECC_SIGNATURE_ALGORITHM=ECDSA", "PROV_CERT="+folder)
+		seen = append(seen, a.waitForCertificate(t, seen...))
+		a.process.stop(t)
+		r := k.recordOf(t, seen[len(seen)-1].leaf())
+		if len(r.Issue.Proofs) != 1 || r.Issue.Proofs[0].Method != "client-certificate" || r.Issue.Replaces != k.recordOf(t, shown).Number {
+			t.Errorf("it was proved by %v and replaces number %d", r.Issue.Proofs, r.Issue.Replaces)
+		}
+	}
+	replaced(fetch(prov, "--token-file", given), "./prov")
+	replaced(fetch(prov, "--renew"), "./prov")
+	out := fetch(a.out(), "--renew") // by the plain files that the agent left there
+	seen = append(seen, &identity{chain: []*x509.Certificate{out}})
+	replaced(out, "./out")
 	k.checkLedger(t)
 }
 

@@ -14,14 +14,15 @@ import (
 // Get asks the operations port for a path.
 func (k *Kedge) Get(t testing.TB, path string) (code int, body string) {
 	t.Helper()
-	code, body, err := get("http://" + k.Status(t).OpsAddress + path)
+	code, body, err := Fetch("http://" + k.Status(t).OpsAddress + path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return code, body
 }
 
-func get(url string) (int, string, error) {
+// Fetch asks for a URL of the operations port, also of a CA that no longer answers its admins.
+func Fetch(url string) (int, string, error) {
 	client := &http.Client{Timeout: Patience, Transport: &http.Transport{DisableKeepAlives: true}}
 	response, err := client.Get(url)
 	if err != nil {
@@ -37,7 +38,7 @@ func (k *Kedge) Ready(t testing.TB, limit time.Duration) {
 	t.Helper()
 	url := "http://" + k.Status(t).OpsAddress + "/readyz"
 	err := Poll(limit, func() error {
-		code, body, err := get(url)
+		code, body, err := Fetch(url)
 		if err == nil && code != http.StatusOK {
 			err = fmt.Errorf("%d %s", code, body)
 		}

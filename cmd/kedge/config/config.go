@@ -58,11 +58,21 @@ type CSR struct {
 	ServerNames []string `yaml:"serverNames"`
 	// How long the server's own certificate lives; it is renewed at half of that, without a restart. At most a third of issuingCA.lifetime.
 	ServerCertificateTTL Duration `yaml:"serverCertificateTTL"`
-	// How long a call may take. istio-agents set no deadline of their own and wait for as long as the server lets them.
+	// How long a call may take once it has its turn. istio-agents set no deadline of their own and wait for as long as the server lets them.
 	CallTimeout Duration `yaml:"callTimeout"`
+	// How long a call may wait for its turn while very many call at once. Waiting costs next to nothing; an agent that is refused comes back
+	// with a new handshake, which costs several times as much as its call.
+	WaitTimeout Duration `yaml:"waitTimeout"`
+	// How many connections there may be at once. One peer (an IPv4 address, or the /64 of an IPv6 one) may have as many as are still free; beyond the
+	// limit a new one takes the place of one that is idle. 0: as many as the process may open files (RLIMIT_NOFILE), less 256 for everything else;
+	// there are never more.
+	MaxConnections int `yaml:"maxConnections"`
+	// How long a client may keep the server waiting for what it has begun to send: a TLS handshake, in all, and each request, from its header on. Then
+	// its connection is ended.
+	SlowClientTimeout Duration `yaml:"slowClientTimeout"`
 	// After this long a connection is ended in good order, so that clients spread over replicas. 0: never.
 	MaxConnectionAge Duration `yaml:"maxConnectionAge"`
-	// How long calls that are under way may still take on a connection that ends. At least callTimeout.
+	// How long calls that are under way may still take on a connection that ends. At least waitTimeout and callTimeout together.
 	MaxConnectionAgeGrace Duration `yaml:"maxConnectionAgeGrace"`
 	// Clients that ping more often than this are cut off. istio-agents ping every 30s, and never more often than every 10s.
 	KeepaliveMinTime Duration `yaml:"keepaliveMinTime"`
@@ -214,4 +224,8 @@ type Ledger struct {
 	// Folder for archives. When given, no record is dropped before it is in an archive file there; when the folder is full or away, the
 	// ledger grows instead. "": records are dropped without an archive.
 	ArchiveDir string `yaml:"archiveDir" kind:"path"`
+	// File that says up to which event the ledger was durable, written about once a second. At start it shows whether ledger.db is an older copy of
+	// itself, which is not served. "": high-water.json in dataDir. On another disk it also shows that all of dataDir was put back. Every CA has
+	// a file of its own.
+	HighWaterFile string `yaml:"highWaterFile" kind:"path"`
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"kedge/ca"
+	"kedge/ca/ledger"
 )
 
 // Default is what holds without a file. Its paths are relative to the working folder.
@@ -17,8 +18,10 @@ func Default() *Config {
 			ServerNames:           []string{"localhost", "127.0.0.1", "::1", "istiod.istio-system.svc"},
 			ServerCertificateTTL:  Duration(24 * time.Hour),
 			CallTimeout:           Duration(10 * time.Second),
+			WaitTimeout:           Duration(time.Minute),
+			SlowClientTimeout:     Duration(10 * time.Second),
 			MaxConnectionAge:      Duration(30 * time.Minute),
-			MaxConnectionAgeGrace: Duration(30 * time.Second),
+			MaxConnectionAgeGrace: Duration(90 * time.Second),
 			KeepaliveMinTime:      Duration(5 * time.Second),
 			KeepaliveTime:         Duration(time.Minute),
 			KeepaliveTimeout:      Duration(20 * time.Second),
@@ -46,6 +49,14 @@ func (c *Config) fillRootDir() {
 	if c.Root.File.Dir == "" {
 		c.Root.File.Dir = filepath.Join(c.DataDir, "root")
 	}
+}
+
+// HighWaterFile is where the high-water mark stands.
+func (c *Config) HighWaterFile() string {
+	if c.Ledger.HighWaterFile != "" {
+		return c.Ledger.HighWaterFile
+	}
+	return filepath.Join(c.DataDir, ledger.MarkFile)
 }
 
 // MoveData puts the data folder elsewhere, and the root's folder with it when that has its default place.

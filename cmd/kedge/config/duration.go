@@ -81,5 +81,14 @@ func (d Duration) String() string { return ca.DurationText(time.Duration(d)) }
 // MarshalText makes the duration appear as String writes it.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 
+// Set and Type make a flag of it (pflag.Value), which is written as in the file.
+func (d *Duration) Set(text string) (err error) {
+	*d, err = ParseDuration(text)
+	return err
+}
+
+// Type is what a usage text calls it.
+func (d *Duration) Type() string { return "duration" }
+
 // Std is the duration as the standard library has it.
 func (d Duration) Std() time.Duration { return time.Duration(d) }

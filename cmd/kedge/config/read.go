@@ -81,6 +81,12 @@ func (r *reader) value(path string, node any, into reflect.Value) {
 		} else {
 			r.mismatch(path, "true or false", node)
 		}
+	case reflect.Int:
+		if n, ok := node.(int); ok {
+			into.SetInt(int64(n))
+		} else {
+			r.mismatch(path, "a whole number", node)
+		}
 	case reflect.Float64:
 		switch n := node.(type) {
 		case int:

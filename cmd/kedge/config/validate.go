@@ -29,9 +29,12 @@ const (
 const (
 	maxClockSkew   = 5 * time.Minute
 	maxCallTimeout = 10 * time.Minute
-	maxJoinToken   = 7 * day
-	minKeepalive   = 10 * time.Second // gRPC itself pings no faster
-	shortIssuing   = time.Hour
+
+	minConnections       = 32
+	maxSlowClientTimeout = time.Minute
+	maxJoinToken         = 7 * day
+	minKeepalive         = 10 * time.Second // gRPC itself pings no faster
+	shortIssuing         = time.Hour
 )
 
 // Validate says whether the values make sense, each by itself and together. It reads cfsslProfilesFile, and no other file that is
@@ -98,9 +101,18 @@ func (v *validation) csr(c *Config) {
 	if s.MaxConnectionAge > 0 && s.MaxConnectionAge.Std() < time.Second {
 		v.refuse("csr.maxConnectionAge", "%s is less than 1s, so that clients would do nothing but connect; 0s means never", s.MaxConnectionAge)
 	}
-	if s.MaxConnectionAgeGrace < s.CallTimeout {
-		v.refuse("csr.maxConnectionAgeGrace", "%s is less than csr.callTimeout %s: calls under way would be cut off: raise it to %s or more",
-			s.MaxConnectionAgeGrace, s.CallTimeout, s.CallTimeout)
+	if s.WaitTimeout <= 0 || s.WaitTimeout.Std() > maxCallTimeout {
+		v.refuse("csr.waitTimeout", "%s is not more than 0 and at most %s", s.WaitTimeout, Duration(maxCallTimeout))
+	}
+	if least := s.WaitTimeout + s.CallTimeout; s.MaxConnectionAgeGrace < least {
+		v.refuse("csr.maxConnectionAgeGrace", "%s is less than csr.waitTimeout %s and csr.callTimeout %s together: calls under way would be cut off: raise it to %s or more",
+			s.MaxConnectionAgeGrace, s.WaitTimeout, s.CallTimeout, least)
+	}
+	if s.MaxConnections < 0 || s.MaxConnections > 0 && s.MaxConnections < minConnections {
+		v.refuse("csr.maxConnections", "%d is less than %d; 0 means as many as the process may open files", s.MaxConnections, minConnections)
+	}
+	if s.SlowClientTimeout.Std() < time.Second || s.SlowClientTimeout.Std() > maxSlowClientTimeout {
+		v.refuse("csr.slowClientTimeout", "%s is not between 1s and %s", s.SlowClientTimeout, Duration(maxSlowClientTimeout))
 	}
 	if s.KeepaliveTime.Std() < minKeepalive {
 		v.refuse("csr.keepaliveTime", "%s is less than %s", s.KeepaliveTime, Duration(minKeepalive))
@@ -158,12 +170,14 @@ func (v *validation) tracing(t Tracing) {
 	if t.Endpoint == "" {
 		return
 	}
-	v.address("tracing.endpoint", t.Endpoint)
-	host, port, err := net.SplitHostPort(t.Endpoint)
-	if err == nil && (host == "" || port == "0") {
+	if !v.address("tracing.endpoint", t.Endpoint) {
+		return
+	}
+	host, port, _ := net.SplitHostPort(t.Endpoint) // it is an address
+	if host == "" || port == "0" {
 		v.refuse("tracing.endpoint", `%q is not host and port of a receiver, like "127.0.0.1:4317"`, t.Endpoint)
 	}
-	if t.Insecure && err == nil && !loopback(host) {
+	if t.Insecure && !loopback(host) {
 		v.warn("tracing.insecure", "traces name SPIFFE IDs and addresses, and travel to %s without TLS", t.Endpoint)
 	}
 }
@@ -377,18 +391,24 @@ func (v *validation) once(path string, list []string) {
 }
 
 // address makes sure that text is host and port.
-func (v *validation) address(path, text string) {
+func (v *validation) address(path, text string) bool {
+	scheme, _, isURL := strings.Cut(text, "://")
 	host, port, err := net.SplitHostPort(text)
-	if err != nil {
+	_, badPort := strconv.ParseUint(port, 10, 16)
+	_, noIP := netip.ParseAddr(host)
+	switch {
+	case isURL:
+		v.refuse(path, "%q is a URL: write HOST:PORT without %s://", shorten(text), shorten(scheme))
+	case err != nil:
 		v.refuse(path, `%q is not an address and port, like "127.0.0.1:15012" or "[::1]:15012"`, shorten(text))
-		return
-	}
-	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+	case badPort != nil:
 		v.refuse(path, "the port %q is not a number from 0 to 65535", shorten(port))
-	}
-	if _, err := netip.ParseAddr(host); err != nil && host != "" && !dnsName(host) {
+	case noIP != nil && host != "" && !dnsName(host):
 		v.refuse(path, "the host %q is neither an IP address nor a DNS name", shorten(host))
+	default:
+		return true
 	}
+	return false
 }
 
 // webAddress makes sure that text is a URL where keys can be fetched so that nobody in between can change them. No

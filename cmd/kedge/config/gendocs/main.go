@@ -183,6 +183,8 @@ func typeName(field reflect.StructField) (string, error) {
 		return "true or false", nil
 	case field.Type.Kind() == reflect.Float64:
 		return "Number", nil
+	case field.Type.Kind() == reflect.Int:
+		return "Whole number", nil
 	}
 	return "", fmt.Errorf("%s has the type %s, for which the page has no word", field.Name, field.Type)
 }

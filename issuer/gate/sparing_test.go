@@ -1,4 +1,4 @@
-package istio
+package gate
 
 import (
 	"testing"
@@ -6,7 +6,7 @@ import (
 )
 
 // A flood of refusals makes a bounded number of log lines, and the next line says how many there were.
-func TestAFloodOfEarlyRefusalsLogsFewLines(t *testing.T) {
+func TestAFloodOfRefusalsLogsFewLines(t *testing.T) {
 	var s sparing
 	now, told := time.Unix(1000, 0), 0
 	for range 1000 {
@@ -14,10 +14,10 @@ func TestAFloodOfEarlyRefusalsLogsFewLines(t *testing.T) {
 			told++
 		}
 	}
-	if told != earlyLines {
+	if told != linesASecond {
 		t.Errorf("%d lines in one second", told)
 	}
-	if passedOver, tell := s.tell(now.Add(time.Second)); !tell || passedOver != 1000-earlyLines {
+	if passedOver, tell := s.tell(now.Add(time.Second)); !tell || passedOver != 1000-linesASecond {
 		t.Errorf("the next second: %t, %d passed over", tell, passedOver)
 	}
 	if passedOver, tell := s.tell(now.Add(time.Second)); !tell || passedOver != 0 {

@@ -1,0 +1,214 @@
+package atomicfile
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// The names that a set needs in its folder beside those of its files. They are laid out as Kubernetes' atomic writer lays out a volume, which
+// many programs know how to watch:
+//
+//	..data            → ..version-123
+//	..version-123/    key.pem, cert-chain.pem
+//	key.pem           → ..data/key.pem
+//	cert-chain.pem    → ..data/cert-chain.pem
+const (
+	current = "..data"
+	version = "..version-" // digits follow
+	next    = "..next"     // a link that has not got its name yet
+)
+
+// WriteSet makes files (name to contents, mode 0600) the set in the folder dir, which is made if need be, and returns once they are on disk.
+// All of them change at one instant, and no crash leaves some of the old with some of the new. The contents before are removed.
+//
+// Whoever follows ..data once and reads there sees one version; so does ReadSet. Whoever opens one name after the other sees two versions
+// only if the change comes between the two, and one version when it reads again.
+//
+// Files of these names that are no set, such as those of another program, are taken over: they become one as they are, and then change at
+// one instant too. What a crash left behind is removed. Writers of one folder take turns.
+func WriteSet(dir string, files map[string][]byte) (err error) {
+	if err := MakeFolder(dir); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("writing to the folder %s: %w", dir, err)
+		}
+	}()
+	folder, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer folder.Close() // ends the lock
+	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("waiting for its other writers: flock: %w", err)
+	}
+	s := &set{dir: dir, folder: folder, files: files}
+	if err := s.clean(); err != nil {
+		return err
+	}
+	if err := s.takeOver(); err != nil {
+		return err
+	}
+	if err := s.show(files); err != nil {
+		return err
+	}
+	if err := s.clean(); err != nil {
+		return fmt.Errorf("the new files are in their place, but what was there before is not removed: %w", err)
+	}
+	return nil
+}
+
+// ReadSet reads files of one version of a set. Files that are no set are read one after the other.
+func ReadSet(dir string, names ...string) (map[string][]byte, error) {
+	now := func() string {
+		target, err := os.Readlink(filepath.Join(dir, current))
+		if err != nil {
+			return "" // no set, or none that can be read: then neither can its files
+		}
+		return target
+	}
+	for {
+		before, files := now(), map[string][]byte{}
+		var err error
+		for _, name := range names {
+			if files[name], err = os.ReadFile(filepath.Join(dir, name)); err != nil {
+				break
+			}
+		}
+		switch {
+		case now() != before: // a change came in between
+		case err != nil:
+			return nil, err
+		default:
+			return files, nil
+		}
+	}
+}
+
+// set is a set while it is written.
+type set struct {
+	dir    string
+	folder *os.File          // dir
+	files  map[string][]byte // what it shall be
+}
+
+func (s *set) path(name string) string { return filepath.Join(s.dir, name) }
+
+// clean removes every version but the current one, and what a crash left. Only what is on disk says which version that is.
+func (s *set) clean() error {
+	if err := s.folder.Sync(); err != nil {
+		return err
+	}
+	now, err := os.Readlink(s.path(current))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if name := entry.Name(); name != now && s.leftover(name) {
+			if err := os.RemoveAll(s.path(name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// leftover says whether name may be something that a crash, or a version before, left behind.
+func (s *set) leftover(name string) bool {
+	if name == next || strings.HasPrefix(name, version) {
+		return true
+	}
+	for file := range s.files {
+		if isTemporary(name, file) { // by Write, with which earlier versions of this program wrote one after the other
+			return true
+		}
+	}
+	return false
+}
+
+// takeOver makes every name a link into the current version, without a change to what is seen under it. What stands there and is no such link
+// becomes a version first, together with what is seen under the other names.
+func (s *set) takeOver() error {
+	var unlinked []string
+	seen, foreign := map[string][]byte{}, false
+	for name := range s.files {
+		target, err := os.Readlink(s.path(name))
+		linked := err == nil && target == link(name)
+		if !linked {
+			unlinked = append(unlinked, name)
+		}
+		data, err := os.ReadFile(s.path(name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("taking over what is there: %w", err)
+		}
+		seen[name] = data
+		foreign = foreign || !linked
+	}
+	if foreign {
+		if err := s.show(seen); err != nil {
+			return fmt.Errorf("taking over what is there: %w", err)
+		}
+	}
+	for _, name := range unlinked {
+		if err := s.point(name, link(name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// link is where the name of a file leads.
+func link(name string) string { return filepath.Join(current, name) }
+
+// show makes a version of files, and makes it the current one.
+func (s *set) show(files map[string][]byte) error {
+	dir, err := os.MkdirTemp(s.dir, version+"*") // mode 0700
+	if err != nil {
+		return err
+	}
+	if err := fillFolder(dir, files); err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	if err := s.folder.Sync(); err != nil { // the version and the links are there before anybody is led to them
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	if err := s.point(current, filepath.Base(dir)); err != nil {
+		return err
+	}
+	return s.folder.Sync()
+}
+
+func fillFolder(dir string, files map[string][]byte) error {
+	for name, data := range files {
+		file, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		if err := fill(file, data); err != nil {
+			return err
+		}
+	}
+	return SyncFolder(dir)
+}
+
+// point makes name a link to target, whatever it was before.
+func (s *set) point(name, target string) error {
+	if err := os.Symlink(target, s.path(next)); err != nil {
+		return err
+	}
+	return os.Rename(s.path(next), s.path(name))
+}

@@ -1,0 +1,161 @@
+package gate
+
+import (
+	"cmp"
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"time"
+)
+
+// Options are the limits. Zero means the default.
+type Options struct {
+	Connections int                      // at once; default, and at most, DescriptorsAllow
+	Patience    time.Duration            // how long a client is waited for: for a handshake, in all, and for a request, from its header on; default 10 s
+	Calls       int                      // that are worked on at once; default 512: as many as fill a commit of the ledger
+	Waiting     int                      // calls that wait; default 200,000
+	Work        func(method string) bool // which calls make their connection busy, and are counted when gRPC refuses them; default all
+	Logger      *slog.Logger             // default: nothing is logged
+	Metrics     Metrics                  // default: nothing is counted
+}
+
+// Metrics is what counts the refusals.
+type Metrics interface {
+	Refused(reason string)  // a connection or a call
+	Handshake(err error)    // one that ended
+	Unread(d time.Duration) // a call that gRPC refused by itself
+}
+
+// The reasons of refusals, as they are counted.
+const (
+	RefusedConnection = "connection"  // its peer has more than its share
+	RefusedCall       = "call"        // too many wait
+	ClosedIdle        = "idle-closed" // a connection that was idle made room for a new one
+	ClosedSlow        = "slow-closed" // a connection whose client did not send the rest of a request
+)
+
+const (
+	fairShare = 16      // what every peer may have, however little is free
+	hello     = 2 << 10 // octets of the first read; a ClientHello with a post-quantum key share has about 1,800
+	// maxHandshake is how much a client may send in a handshake, in octets: room for a chain of ten RSA-4096 certificates.
+	maxHandshake = 64 << 10
+	// handshakeWait is how long a handshake may wait for its turn. gRPC clients give up after 20 s and dial again.
+	handshakeWait = 30 * time.Second
+	// mostArriving is how many requests may be half sent, so that a flood of them takes a bounded part of the memory.
+	mostArriving = 2048
+)
+
+// Gate is a port's. Its methods may be called at once from several goroutines.
+type Gate struct {
+	connections int
+	patience    time.Duration
+	work        func(method string) bool
+	log         *slog.Logger
+	metrics     Metrics
+	sparing     sparing
+
+	handshakes *turns
+	calls      *turns
+
+	mu       sync.Mutex
+	open     int
+	peers    map[netip.Prefix]*peerConns
+	idle     *list.List    // of *conn, the one that is idle longest first
+	arriving *list.List    // of *call, the one that began first first
+	room     chan struct{} // holds one element after a connection ended or became idle
+	closed   chan struct{} // once the listener is
+}
+
+// peerConns is what one peer has open.
+type peerConns struct {
+	open int
+	idle *list.List // of *conn
+}
+
+// New makes a gate.
+func New(o Options) *Gate {
+	o.Connections = min(cmp.Or(o.Connections, math.MaxInt), DescriptorsAllow())
+	o.Patience = cmp.Or(o.Patience, 10*time.Second)
+	if o.Work == nil {
+		o.Work = func(string) bool { return true }
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Metrics == nil {
+		o.Metrics = noMetrics{}
+	}
+	return &Gate{
+		connections: o.Connections, patience: o.Patience, work: o.Work, log: o.Logger, metrics: o.Metrics,
+		// More at once would only make each of them slower, and calls with them.
+		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections),
+		calls:      newTurns(cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
+		peers:      map[netip.Prefix]*peerConns{}, idle: list.New(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
+	}
+}
+
+type noMetrics struct{}
+
+func (noMetrics) Refused(string)       {}
+func (noMetrics) Handshake(error)      {}
+func (noMetrics) Unread(time.Duration) {}
+
+// Enter waits until a call may be worked on, no longer than ctx, and returns what ends it. address is the caller's. An error says why it was in vain.
+func (g *Gate) Enter(ctx context.Context, address net.Addr) (leave func(), err error) {
+	err = g.calls.take(ctx, peerOf(address))
+	switch {
+	case errors.Is(err, errCrowded):
+		g.metrics.Refused(RefusedCall)
+		return nil, fmt.Errorf("%w: %d calls, of which this peer has more than its share", err, g.calls.length())
+	case err != nil:
+		return nil, fmt.Errorf("waiting for a turn behind other calls: %w", err)
+	}
+	return g.calls.give, nil
+}
+
+// Drain sends away the calls that wait, and hangs up on clients whose requests are half sent: the CA is about to stop, and another replica may have time
+// for them. Calls that have their turn go on. It is called once.
+func (g *Gate) Drain() {
+	g.calls.end()
+	g.mu.Lock()
+	var half []*conn
+	for e := g.arriving.Front(); e != nil; e = e.Next() {
+		half = append(half, e.Value.(*call).conn)
+	}
+	g.mu.Unlock()
+	for _, c := range half {
+		_ = c.Close() // it may have ended meanwhile
+	}
+}
+
+// Counts says how many there are at this moment.
+type Counts struct {
+	Connections, Idle, Arriving, WaitingHandshakes, WaitingCalls int
+}
+
+// Counts counts.
+func (g *Gate) Counts() Counts {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return Counts{Connections: g.open, Idle: g.idle.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
+}
+
+// Tell logs that a caller was refused before any door saw its call. Everybody who reaches the port can cause such lines, so they are few: see sparing.
+func (g *Gate) Tell(what string, err error, address net.Addr) {
+	passedOver, tell := g.sparing.tell(time.Now())
+	if !tell {
+		return
+	}
+	attrs := []any{"reason", err.Error(), "passed_over", passedOver}
+	if address != nil {
+		attrs = append(attrs, "peer", address.String())
+	}
+	g.log.Warn(what, attrs...)
+}

@@ -1,4 +1,0 @@
-package istio
-
-// Refuse is refuse.
-var Refuse = refuse

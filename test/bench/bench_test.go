@@ -1,0 +1,168 @@
+package main
+
+import (
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/test/process"
+)
+
+func TestMain(m *testing.M) { os.Exit(process.Main(m)) }
+
+// newBench is a run of a few calls, with servers and load on the same cores.
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		t.Fatal(err)
+	}
+	core := 0
+	for !set.IsSet(core) {
+		core++
+	}
+	crowd, err := newCrowd(40)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &bench{settings: settings{calls: 40}, kedge: process.Binary(), dir: t.TempDir(), cores: cores{core, core}, crowd: crowd, progress: t.Logf}
+}
+
+// TestTheRealProgramIsMeasured keeps the harness from measuring nothing: each way to ask works against a data folder that was filled, and costs CPU time.
+func TestTheRealProgramIsMeasured(t *testing.T) {
+	b := newBench(t)
+	const records = 300
+	dir := filepath.Join(b.dir, "kedge")
+	certificates, err := fill(t.Context(), dataFolder(dir), records)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := b.startKedge(t.Context(), b.kedge, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := s.stop(); err != nil {
+			t.Error(err)
+		}
+	}()
+	for _, sc := range scenarios {
+		for _, kind := range keyKinds {
+			m, err := b.costOf(t.Context(), s, sc, kind, certificates)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// A signature alone takes more than 5 µs everywhere.
+			if m.cpu < 5 || m.rate <= 0 || m.commits.events.mean() < 1 || m.commits.seconds.mean() <= 0 {
+				t.Errorf("%s, %s: %+v", sc.name, kind, m)
+			}
+		}
+	}
+	callers, release, err := s.crew(t.Context(), 4, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	o := open(t.Context(), callers, 200, 200*time.Millisecond, patience, b.crowd.cycle())
+	if o.offered == 0 || len(o.answered) != o.offered || len(o.refused) != 0 {
+		t.Errorf("an open loop: %d of %d calls were answered, and refused were %v", len(o.answered), o.offered, o.refused)
+	}
+}
+
+func TestPruningLeavesTheCallersAndLessThanHalf(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	const records = 2000
+	if _, err := fill(t.Context(), dir, records); err != nil {
+		t.Fatal(err)
+	}
+	left, err := prune(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left < (1-provenAt)*records || left > records/2 {
+		t.Errorf("%d of %d events are left", left, records)
+	}
+}
+
+func TestNoCallIsMadeTwice(t *testing.T) {
+	b := newBench(t)
+	seen := map[request]bool{}
+	for _, kind := range keyKinds {
+		for range 2 {
+			requests, err := b.crowd.take(kind, 20, true)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range requests {
+				for _, part := range []request{{csr: r.csr}, {token: r.token}} {
+					if seen[part] {
+						t.Fatalf("twice: %+v", part)
+					}
+					seen[part] = true
+				}
+			}
+		}
+	}
+	if _, err := b.crowd.take(keyP256, 10_000, true); err == nil {
+		t.Error("more calls than there are tokens")
+	}
+}
+
+func TestAHistogramIsReadAsPrometheusReadsIt(t *testing.T) {
+	var before, after histogram
+	for h, lines := range map[*histogram][]string{
+		&before: {`_bucket{le="1"} 0`, `_bucket{le="2"} 0`, `_bucket{le="+Inf"} 1`, `_sum 100`, `_count 1`},
+		&after:  {`_bucket{le="1"} 2`, `_bucket{le="2"} 4`, `_bucket{le="+Inf"} 5`, `_sum 106`, `_count 5`},
+	} {
+		for _, line := range lines {
+			if err := h.read(line); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	d := after.since(before)
+	if got := []float64{d.mean(), d.quantile(0.25), d.quantile(0.5), d.quantile(0.75), d.quantile(1)}; got[0] != 1.5 || got[1] != 0.5 || got[2] != 1 || got[3] != 1.5 || got[4] != 2 {
+		t.Errorf("mean and quartiles are %v", got)
+	}
+}
+
+func TestASampleShowsMedianAndSpread(t *testing.T) {
+	var s sample
+	if !math.IsNaN(s.median()) {
+		t.Error("nothing has a median")
+	}
+	for _, v := range []float64{5, 1, 4, 2} {
+		s.add(v)
+	}
+	if got := s.of("%.0f"); got != "3 (1–5)" {
+		t.Errorf("%q", got)
+	}
+	if s.quantile(0.5) != 2 || s.quantile(0.99) != 5 {
+		t.Errorf("the quantiles are %g and %g", s.quantile(0.5), s.quantile(0.99))
+	}
+}
+
+func TestResultsGoBetweenTheMarkers(t *testing.T) {
+	page := filepath.Join(t.TempDir(), "page.md")
+	process.Write(t, page, "before\n"+beginResults+"\nold\n"+endResults+"\nafter\n")
+	for range 2 {
+		if err := insert(page, "new\n"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if text := process.Read(t, page); text != "before\n"+beginResults+"\n\nnew\n\n"+endResults+"\nafter\n" {
+		t.Errorf("%q", text)
+	}
+	process.Write(t, page, strings.Replace(process.Read(t, page), endResults, "", 1))
+	if err := insert(page, "new"); err == nil {
+		t.Error("a page without an end of the results is written to")
+	}
+	if err := insert("../../docs/benchmarks.md.none", "new"); err == nil {
+		t.Error("a page that is not there is written to")
+	}
+}

@@ -1,0 +1,136 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// cores are the two that are used: one for the server under measurement, one for this process, which makes its load.
+type cores struct{ server, generator int }
+
+// findCores takes the last and the first core that this process may use.
+func findCores() (cores, error) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return cores{}, fmt.Errorf("asking for the cores: %w", err)
+	}
+	c := cores{-1, -1}
+	for core := range 64 * len(set) {
+		if set.IsSet(core) {
+			if c.generator < 0 {
+				c.generator = core
+			}
+			c.server = core
+		}
+	}
+	if c.server == c.generator {
+		return c, errors.New("it takes two cores, one for the server and one for the load")
+	}
+	return c, nil
+}
+
+func pin(thread, core int) error {
+	var set unix.CPUSet
+	set.Set(core)
+	if err := unix.SchedSetaffinity(thread, &set); err != nil {
+		return fmt.Errorf("pinning a thread to core %d: %w", core, err)
+	}
+	return nil
+}
+
+// settle moves this process to the generator's core. A new thread is where the one is that makes it.
+func (c cores) settle() error {
+	runtime.GOMAXPROCS(1)
+	threads, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return err
+	}
+	for _, thread := range threads {
+		id, err := strconv.Atoi(thread.Name())
+		if err != nil {
+			return err
+		}
+		if err := pin(id, c.generator); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+	}
+	return nil
+}
+
+// start starts a command on a core, where its threads stay. It is killed when this process ends before it.
+func (c cores) start(core int, command *exec.Cmd) (err error) {
+	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // a child begins where the thread is that makes it
+	defer runtime.UnlockOSThread()
+	var before unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &before); err != nil {
+		return err
+	}
+	if err := pin(0, core); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unix.SchedSetaffinity(0, &before)) }()
+	return command.Start()
+}
+
+// schedClock is CPUCLOCK_SCHED of the kernel's linux/posix-timers_types.h: what the scheduler accounts for, in nanoseconds.
+const schedClock = 2
+
+// cpuTime is the CPU time of another process so far, user and system, of all its threads, also of those that ended. It comes from the process's CPU
+// clock (clock_getcpuclockid(3)), so that it is exact where /proc/PID/stat counts ticks of 10 ms and /proc/PID/schedstat knows one thread only. What the
+// kernel does elsewhere for the process is not in it: writing the ledger's journal, the receiving half of a loopback packet that the generator sent.
+func cpuTime(pid int) (time.Duration, error) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|schedClock), &ts); err != nil {
+		return 0, fmt.Errorf("reading the CPU clock of process %d: %w", pid, err)
+	}
+	return time.Duration(ts.Nano()), nil
+}
+
+// threadCPU is the CPU time of the calling thread.
+func threadCPU() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
+		panic(err) // Linux has it since 2.6.12
+	}
+	return time.Duration(ts.Nano())
+}
+
+// machine describes where the results come from, without names.
+func machine(dir string) (string, error) {
+	text, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "", err
+	}
+	model := "unknown CPU"
+	for line := range strings.Lines(string(text)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			model = strings.TrimSpace(value)
+			break
+		}
+	}
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return "", err
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return "", err
+	}
+	fileSystem := fmt.Sprintf("file system %#x", fs.Type)
+	if fs.Type == unix.EXT4_SUPER_MAGIC {
+		fileSystem = "ext4"
+	}
+	release, _, _ := strings.Cut(unix.ByteSliceToString(name.Release[:]), "-")
+	return fmt.Sprintf("Measured on %s: %s, %d cores, Linux %s, the ledger on %s, %s.\n", time.Now().UTC().Format(time.DateOnly), model, runtime.NumCPU(),
+		release, fileSystem, runtime.Version()), nil
+}

@@ -1,0 +1,178 @@
+// Command bench measures what a certificate costs: Kedge's real 'kedge serve' beside Istio's own CA server and beside the bare cryptography, all in one
+// run, and Kedge's latency, its behaviour with a large ledger and under overload. 'make bench' runs it.
+//
+// There are two processes under measurement, each pinned to one core, the server's, where only one of them has work at a time; Go gives such a process
+// GOMAXPROCS=1. This process makes the load, pinned to another core. What a server costs is its CPU time, user and system, as the kernel accounts for it
+// to the nanosecond (clock_gettime of the process's own CPU clock, see cpuTime), so that waiting costs nothing. A round measures everything once, Kedge and
+// Istio in turn, with processes that were started for it, so that no server ever sees a token or a CSR of a round twice. Numbers are medians of
+// rounds, ratios and differences medians of those of each round.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// settings say how much is measured.
+type settings struct {
+	rounds  int           // of each measurement; of latency and overload, which take long, half of them
+	calls   int           // in one measurement of the cost of a call
+	open    time.Duration // of one measurement of latency
+	flood   time.Duration // of one measurement under overload
+	live    int           // records in the large ledger
+	profile time.Duration // of one profile
+}
+
+var (
+	full  = settings{rounds: 7, calls: 4000, open: 8 * time.Second, flood: 20 * time.Second, live: 1_000_000, profile: 15 * time.Second}
+	quick = settings{rounds: 2, calls: 600, open: 2 * time.Second, flood: 4 * time.Second, live: 50_000, profile: 3 * time.Second}
+)
+
+// bench is one run.
+type bench struct {
+	settings
+	kedge, istio string // programs
+	source       string // of Kedge
+	dir          string // for everything that is written, removed at the end
+	keep         string // a folder that gets the profiles; "": none does
+	cores        cores
+	crowd        *crowd
+	progress     func(format string, args ...any)
+}
+
+// section is a part of the run, which may be left out.
+type section struct {
+	name string
+	run  func(*bench, context.Context) (string, error)
+}
+
+var sections = []section{
+	{"cost", (*bench).costs}, {"size", (*bench).sizes}, {"latency", (*bench).latencies}, {"overload", (*bench).overload}, {"profile", (*bench).profiles},
+}
+
+func main() {
+	if len(os.Args) == 2 && os.Args[1] == bareVerb {
+		bare()
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context) (err error) {
+	b := &bench{progress: func(format string, args ...any) { fmt.Fprintf(os.Stderr, "bench: "+format+"\n", args...) }}
+	flag.StringVar(&b.kedge, "kedge", "bin/kedge", "the kedge to measure")
+	flag.StringVar(&b.istio, "istio", "bin/istio-ca", "Istio's CA server, of test/bench/istio")
+	flag.StringVar(&b.source, "source", ".", "Kedge's source, of which a program that profiles itself is built")
+	short := flag.Bool("quick", false, "little of everything, to see that it works; the numbers say nothing")
+	rounds := flag.Int("rounds", 0, "how often each thing is measured")
+	calls := flag.Int("calls", 0, "calls in each measurement of the cost of a call")
+	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, profile")
+	out := flag.String("out", "", "a page that gets the results, between its markers")
+	flag.StringVar(&b.keep, "profiles", "", "a folder that gets the profiles, for 'go tool pprof'")
+	flag.Parse()
+	b.settings = full
+	if *short {
+		b.settings = quick
+	}
+	if *rounds > 0 {
+		b.settings.rounds = *rounds
+	}
+	if *calls > 0 {
+		b.settings.calls = *calls
+	}
+	for _, path := range []*string{&b.kedge, &b.istio, &b.source} {
+		if *path, err = filepath.Abs(*path); err != nil {
+			return err
+		}
+	}
+	if b.dir, err = workFolder(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
+	if b.cores, err = findCores(); err != nil {
+		return err
+	}
+	began := time.Now()
+	b.progress("making tokens and CSRs, on all cores")
+	if b.crowd, err = newCrowd(b.settings.calls); err != nil {
+		return err
+	}
+	if err := b.cores.settle(); err != nil {
+		return err
+	}
+	debug.SetGCPercent(400) // the generator's core is for calls
+	line, err := machine(b.dir)
+	if err != nil {
+		return err
+	}
+	texts := []string{line}
+	for _, s := range sections {
+		if *only != "" && !slices.Contains(strings.Split(*only, ","), s.name) {
+			continue
+		}
+		text, err := s.run(b, ctx)
+		if err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+		fmt.Println(text)
+		texts = append(texts, text)
+	}
+	b.progress("took %s", time.Since(began).Round(time.Second))
+	if *out == "" {
+		return nil
+	}
+	return insert(*out, strings.Join(texts, "\n"))
+}
+
+// workFolder makes a folder on a disk: an fsync that costs nothing would flatter Kedge.
+func workFolder() (string, error) {
+	dir, err := os.MkdirTemp("", "kedge-bench-")
+	if err != nil {
+		return "", err
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return "", errors.Join(fmt.Errorf("looking at the file system of %s: %w", dir, err), os.Remove(dir))
+	}
+	if fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC {
+		return "", errors.Join(fmt.Errorf("%s is in memory, and the ledger is to be measured on a disk: set TMPDIR to a folder on one", dir), os.Remove(dir))
+	}
+	return dir, nil
+}
+
+// The lines of a page between which the results stand.
+const (
+	beginResults = "<!-- results of 'make bench' -->"
+	endResults   = "<!-- end of the results -->"
+)
+
+// insert writes the results into a page.
+func insert(path, results string) error {
+	page, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	before, rest, begun := strings.Cut(string(page), beginResults)
+	_, after, ended := strings.Cut(rest, endResults)
+	if !begun || !ended {
+		return fmt.Errorf("%s has no line %q with a line %q after it", path, beginResults, endResults)
+	}
+	return os.WriteFile(path, []byte(before+beginResults+"\n\n"+strings.TrimSpace(results)+"\n\n"+endResults+after), 0o644)
+}
