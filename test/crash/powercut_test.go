@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -327,6 +328,14 @@ func survives(ctx context.Context, data, archive string, must []*x509.Certificat
 		return err
 	}
 	defer func() { err = errors.Join(err, book.Close()) }()
+	switch mark, err := ledger.ReadMark(filepath.Join(data, ledger.MarkFile)); {
+	case err == nil:
+		if err := book.CheckMark(mark); err != nil {
+			return err
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
 	archived, err := readArchives(archive)
 	if err != nil {
 		return err
