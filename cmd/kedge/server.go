@@ -213,12 +213,12 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 		Ping: c.CSR.KeepaliveTime.Std(), PingTimeout: c.CSR.KeepaliveTimeout.Std(), Reflection: c.CSR.Reflection, Stats: tracing.stats,
 		Streams: streams,
 	})
-	csr, err := listen("csr.listen", c.CSR.Listen)
+	csr, err := listen("csr.listen", c.CSR.Listen, s.log)
 	if err != nil {
 		return err
 	}
 	s.closers = append(s.closers, csr.Close)
-	operations, err := listen("operations.listen", c.Operations.Listen)
+	operations, err := listen("operations.listen", c.Operations.Listen, s.log)
 	if err != nil {
 		return err
 	}
@@ -244,15 +244,6 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status, Version: version}
 	s.serveHTTP("admin socket", desk.HTTP(), socket)
 	return nil
-}
-
-// listen opens a TCP port; key is the configuration's, for whoever has to change it.
-func listen(key, address string) (net.Listener, error) {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w: stop what uses the address, or name another", key, err)
-	}
-	return l, nil
 }
 
 // run starts something that ends only with the server.

@@ -3,7 +3,6 @@ package crash
 import (
 	"crypto/x509"
 	"errors"
-	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
@@ -216,33 +215,4 @@ func eventuallyIssued(t *testing.T, k *process.Kedge, cluster *process.Cluster) 
 		return err
 	})
 	return issued
-}
-
-// TestADiskThatHangsIsToldOf: nobody waits for ever to hear that nothing can be written.
-func TestADiskThatHangsIsToldOf(t *testing.T) {
-	t.Parallel()
-	cluster := process.NewCluster(t)
-	k := newCA(t, cluster, "")
-	k.Start(t)
-	tracer, err := trace(t, k, "--inject=fdatasync:delay_enter=30000000") // microseconds
-	if err != nil {
-		process.Impossible(t, "strace cannot attach", err)
-		return
-	}
-	const hangs = "the disk is slow or hangs"
-	process.Eventually(t, "/readyz to tell of it", func() error {
-		if code, body := k.Get(t, "/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, hangs) {
-			return fmt.Errorf("%d %s", code, body)
-		}
-		return nil
-	})
-	if r := k.Run(t, "doctor"); r.Code != 4 || !strings.Contains(r.Stdout, hangs) {
-		t.Errorf("doctor: %d\n%s%s", r.Code, r.Stdout, r.Stderr)
-	}
-	if out := k.Must(t, "ledger", "list", "--limit", "3"); strings.Count(out, "\n") != 4 {
-		t.Errorf("reading the ledger meanwhile:\n%s", out)
-	}
-	tracer.stop()
-	k.Ready(t, process.Patience)
-	k.CheckLedger(t, []*x509.Certificate{eventuallyIssued(t, k, cluster).Leaf})
 }

@@ -109,6 +109,8 @@ type Kedge struct {
 	started int           // processes
 	log     string        // of the process: its standard error
 	ended   chan struct{} // closed when it has
+	socket  string
+	admin   *admin.Client // of the socket
 }
 
 // New makes a CA's folder. The configuration is yaml, or Ports when that is "". The process is killed when the test ends.
@@ -295,7 +297,10 @@ func (k *Kedge) Must(t testing.TB, args ...string) string {
 // Status is what the running CA says of itself.
 func (k *Kedge) Status(t testing.TB) admin.Status {
 	t.Helper()
-	status, err := admin.NewClient(filepath.Join(k.Data, "admin.sock")).Status(t.Context())
+	if path := filepath.Join(k.Data, "admin.sock"); k.socket != path {
+		k.socket, k.admin = path, admin.NewClient(path) // one, which keeps its connection
+	}
+	status, err := k.admin.Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
