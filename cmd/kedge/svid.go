@@ -319,18 +319,6 @@ func exists(path string) bool {
 	return err == nil
 }
 
-func readRoots(path string) (*x509.CertPool, error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("reading the roots: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("reading the roots: %s has no certificate in PEM", path)
-	}
-	return pool, nil
-}
-
 const maxToken = 16 << 10 // octets, as the CA has it
 
 // readToken reads the token, if there is to be one, for no longer than ctx.

@@ -10,7 +10,10 @@
 // Relative paths begin at the folder of the file; with no file, at the working folder. Secrets never stand in the file, only the
 // paths of the files that hold them.
 //
-// "kedge config check" says everything that is wrong with a file, and "kedge config print" shows what holds, defaults filled in.
+// Files that are named must be there, and be right, when Kedge starts: otherwise it refuses to, before it makes anything. Four may come later, as a
+// volume that is mounted then, since they are looked at again and again: jwksFile, bearerTokenFile, the folder archiveDir and the folder of highWaterFile.
+//
+// "kedge config check" says everything that is wrong with a file and with the files that it names, and "kedge config print" shows what holds, defaults filled in.
 package config
 
 // Load reads a file, Default is what holds without one, Validate judges either, and Print shows it. docs/configuration.md is
