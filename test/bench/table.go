@@ -153,7 +153,7 @@ func overloadTable(rounds []overloadRound) string {
 func profileText(sc scenario, cost float64, shares []share, flat string) string {
 	t := newTable(fmt.Sprintf("Profile of Kedge: %s, P-256", sc.name), "what for | share | µs a certificate")
 	for _, s := range shares {
-		if s.part > 0 {
+		if s.part >= 0.0005 {
 			t.row("%s | %.1f %% | %.1f", s.name, 100*s.part, cost*s.part)
 		}
 	}
