@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
@@ -190,9 +191,26 @@ func examineRunning(ctx context.Context, t *target, cfg *config.Config) []findin
 	for _, problem := range status.Problems {
 		all = append(all, finding{subject, wrong, problem, ""})
 	}
+	all = append(all, examineTainted(ctx, client)...)
 	if len(cfg.Callers.TokenIssuers) == 0 {
 		all = append(all, finding{"callers", note, "no token issuer is configured: only join tokens and client certificates prove who is asking",
 			"for istio-agents name the cluster's issuer under callers.tokenIssuers"})
+	}
+	return all
+}
+
+// examineTainted looks for what tainted issuing CAs have left.
+func examineTainted(ctx context.Context, client *admin.Client) []finding {
+	var authorities []ca.AuthorityStatus
+	if err := client.Get(ctx, "/v1/authorities", &authorities); err != nil {
+		return []finding{{"authorities", wrong, err.Error(), ""}}
+	}
+	var all []finding
+	for _, a := range authorities {
+		if a.Tainted && a.LiveSVIDs > 0 && a.LastExpiry != nil {
+			all = append(all, finding{"authorities", note, fmt.Sprintf("the issuing CA %s is tainted; %s", short(a.ID), underTainted(a.LiveSVIDs, *a.LastExpiry)),
+				"their holders need a token to renew; 'kedge ledger list --type issue --issuer " + short(a.ID) + "' shows who they are"})
+		}
 	}
 	return all
 }

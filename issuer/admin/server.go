@@ -356,7 +356,20 @@ func (s *Server) taint(r *http.Request) (any, error) {
 	if err := s.CA.Taint(r.Context(), request.ID, request.Reason, peerName(r)); err != nil {
 		return nil, err
 	}
-	return struct{}{}, nil
+	all, err := s.CA.Authorities()
+	if err != nil {
+		return nil, fmt.Errorf("the authority %s is tainted; how things stand now is not known: %w", request.ID, err)
+	}
+	answer := Tainted{ID: request.ID}
+	for _, a := range all {
+		if a.ID == request.ID {
+			answer.Live, answer.LastExpiry = a.LiveSVIDs, a.LastExpiry
+		}
+	}
+	if signing, ok := s.CA.Active(); ok {
+		answer.Signing = &signing
+	}
+	return answer, nil
 }
 
 func (s *Server) setLevel(r *http.Request) (any, error) {
