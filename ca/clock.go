@@ -67,6 +67,9 @@ type guardedState struct {
 // OpenGuardedClock goes on from what path holds. Without the file it begins with the time of the ledger's last event, or, when that has none
 // (zero), with the wall clock. It writes nothing: see Save.
 func OpenGuardedClock(path string, clock Clock, lastEvent time.Time) (*GuardedClock, error) {
+	if err := atomicfile.Clean(path); err != nil {
+		return nil, fmt.Errorf("reading the guarded clock: %w", err)
+	}
 	g := &GuardedClock{clock: clock, path: path, base: clock.Wall(), elapsed: clock.Elapsed()}
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {

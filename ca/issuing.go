@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"kedge/ca/ledger"
@@ -143,17 +144,17 @@ func (c *CA) activate(ctx context.Context, t *trust, next *authority) error {
 // Run renews and removes issuing CAs and prunes the ledger until ctx ends. What fails is tried again and is listed in Problems
 // until it works; a renewal that fails is tried again after 5 s, and then ever later, up to every 5 min.
 func (c *CA) Run(ctx context.Context) error {
-	renewal, chores := time.NewTimer(c.untilRenewal()), time.NewTicker(tick)
+	var house sync.WaitGroup
+	house.Go(func() { c.keepHouse(ctx) })
+	defer house.Wait()
+	renewal := time.NewTimer(c.untilRenewal())
 	defer renewal.Stop()
-	defer chores.Stop()
 	retry := retryRenewal
 	for {
 		select {
 		case <-ctx.Done():
 			c.Note("guarded clock", c.guarded.Save())
 			return nil
-		case <-chores.C:
-			c.chores(ctx)
 		case <-renewal.C:
 			if c.renew(ctx) == nil {
 				retry = retryRenewal
@@ -162,6 +163,20 @@ func (c *CA) Run(ctx context.Context) error {
 			}
 			renewal.Reset(retry)
 			retry = min(2*retry, maxRetry)
+		}
+	}
+}
+
+// keepHouse does the chores at once, since a CA that is often restarted would else never come to them, and then at each tick. It does so beside the
+// renewals: dropping much of the ledger takes its time, and so may a key store.
+func (c *CA) keepHouse(ctx context.Context) {
+	ticker := time.NewTicker(tick)
+	defer ticker.Stop()
+	for ctx.Err() == nil {
+		c.chores(ctx)
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
 		}
 	}
 }
@@ -183,13 +198,13 @@ func (c *CA) renew(ctx context.Context) error {
 	return err
 }
 
-// chores does what is to be done now and then.
+// chores does what is to be done now and then. Pruning has no limit of time: it goes by small steps, for as long as there is something to drop.
 func (c *CA) chores(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
+	limited, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
-	c.Note("root", c.takeUpRoots(ctx))
-	c.Note("removal of retired issuing CAs", c.removeRetired(ctx))
-	c.Note("keys of removed issuing CAs", c.destroyKeys(ctx))
+	c.Note("root", c.takeUpRoots(limited))
+	c.Note("removal of retired issuing CAs", c.removeRetired(limited))
+	c.Note("keys of removed issuing CAs", c.destroyKeys(limited))
 	report, err := c.ledger.Prune(ctx, c.guarded.Now())
 	c.Note("pruning the ledger", err)
 	if report.Events > 0 {

@@ -1,5 +1,5 @@
 // Package atomicfile writes files so that readers see the old contents or the new, and never a part: Write a single file, WriteSet several that
-// belong together.
+// belong together. What it has made is durable.
 package atomicfile
 
 import (
@@ -28,7 +28,7 @@ func Write(path string, data []byte) (err error) {
 	if err != nil {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
-	return syncFolder(filepath.Dir(path))
+	return SyncFolder(filepath.Dir(path))
 }
 
 // temporary is how the name of a file begins while it is written; digits follow.
@@ -40,6 +40,26 @@ func isTemporary(entry, name string) bool {
 	return found && digits != "" && strings.Trim(digits, "0123456789") == ""
 }
 
+// Clean removes what a Write to path left behind whose process was killed. Nobody may be writing there.
+func Clean(path string) error {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("looking for what a crash may have left: %w", err)
+	}
+	for _, entry := range entries {
+		if !isTemporary(entry.Name(), filepath.Base(path)) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(filepath.Dir(path), entry.Name())); err != nil {
+			return fmt.Errorf("removing what a crash left: %w", err)
+		}
+	}
+	return nil
+}
+
 // fill writes the contents of a new file, and returns once they are on disk.
 func fill(file *os.File, data []byte) error {
 	_, err := file.Write(data)
@@ -49,35 +69,38 @@ func fill(file *os.File, data []byte) error {
 	return errors.Join(err, file.Close())
 }
 
-// syncFolder makes the names in a folder durable.
-func syncFolder(dir string) error {
-	folder, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(folder.Sync(), folder.Close())
-}
-
-// MakeFolder makes a folder, mode 0700, and those above it, unless they are there. It returns once they are on disk.
+// MakeFolder makes a folder, mode 0700, and those above it, unless they are there. Its name is on disk when it returns, also when it was there: whoever made it may
+// have been killed too soon, and a power cut takes with a name all that is below it.
 func MakeFolder(dir string) error {
+	above := filepath.Dir(filepath.Clean(dir))
 	info, err := os.Stat(dir)
 	switch {
 	case err == nil && !info.IsDir():
 		return fmt.Errorf("making the folder %s: there is a file of that name: remove it, or name another folder", dir)
-	case err == nil:
-		return nil
-	case !errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist):
+		if err := MakeFolder(above); err != nil {
+			return err
+		}
+		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) { // somebody else may make it too
+			return fmt.Errorf("making the folder %s: %w", dir, err)
+		}
+	case err != nil:
 		return fmt.Errorf("making the folder %s: %w", dir, err)
 	}
-	above := filepath.Dir(filepath.Clean(dir))
-	if err := MakeFolder(above); err != nil {
+	if err := SyncFolder(above); err != nil && !errors.Is(err, fs.ErrPermission) { // one that may not be read is somebody else's, and so are the names in it
 		return err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) { // somebody else may make it too
-		return fmt.Errorf("making the folder %s: %w", dir, err)
+	return nil
+}
+
+// SyncFolder returns once the names in a folder are on disk.
+func SyncFolder(dir string) error {
+	folder, err := os.Open(dir)
+	if err == nil {
+		err = errors.Join(folder.Sync(), folder.Close())
 	}
-	if err := syncFolder(above); err != nil {
-		return fmt.Errorf("flushing the folder %s to disk: %w", above, err)
+	if err != nil {
+		return fmt.Errorf("flushing the folder %s to disk: %w", dir, err)
 	}
 	return nil
 }

@@ -202,7 +202,7 @@ func fillFolder(dir string, files map[string][]byte) error {
 			return err
 		}
 	}
-	return syncFolder(dir)
+	return SyncFolder(dir)
 }
 
 // point makes name a link to target, whatever it was before.

@@ -67,6 +67,10 @@ func TestADamagedFileIsRefusedAndNotTouched(t *testing.T) {
 			}
 			return errors.Join(write(8<<10, make([]byte, info.Size()-8<<10))(path), forgetFreelist(path))
 		}, "structure is damaged"},
+		{"a page that leads back to itself", endless, "is used twice"}, // bbolt would go on for ever, and take all memory there is
+		{"a page that leads back to itself, their free list not written", func(path string) error {
+			return errors.Join(endless(path), forgetFreelist(path))
+		}, "is used twice"},
 		{"another bbolt file", func(path string) error {
 			if err := os.Remove(path); err != nil {
 				return err
@@ -124,6 +128,38 @@ func TestADamagedFileIsRefusedAndNotTouched(t *testing.T) {
 			}
 		})
 	}
+}
+
+// endless lets the last way down from the root page of the events lead back to that page.
+func endless(path string) error {
+	db, err := bolt.Open(path, 0o600, nil)
+	if err != nil {
+		return err
+	}
+	var root uint64
+	err = db.View(func(tx *bolt.Tx) error {
+		root = uint64(tx.Bucket(bucketEvents).Root())
+		return nil
+	})
+	if err = errors.Join(err, db.Close()); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	page := make([]byte, 4096)
+	if _, err := f.ReadAt(page, int64(root)*4096); err != nil {
+		return err
+	}
+	if kind := binary.NativeEndian.Uint16(page[8:]); kind != 1 {
+		return fmt.Errorf("page %d leads nowhere: its kind is %d", root, kind)
+	}
+	last := 16 * int(binary.NativeEndian.Uint16(page[10:])) // of the elements, after a header of their size
+	binary.NativeEndian.PutUint64(page[last+8:], root)
+	_, err = f.WriteAt(page, int64(root)*4096)
+	return err
 }
 
 // forgetFreelist makes bbolt look for the free pages itself, as after a mass drop.

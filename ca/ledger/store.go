@@ -168,7 +168,9 @@ func decodeCommit(value []byte) (count uint64, hash Hash, err error) {
 	return uint64(binary.BigEndian.Uint32(value)), hash, nil
 }
 
-// openStore opens an existing file. An error says what is wrong with the file.
+// openStore opens an existing file. An error says what is wrong with the file. What a process before this one wrote and did not live to make durable
+// is made so before anything is built on it: bbolt would write over pages that are free by its word, and after a power cut they would
+// be missing under the meta page that is on the disk.
 func openStore(path string, readOnly bool) (db *bolt.DB, err error) {
 	page, err := inspect(path)
 	if err != nil {
@@ -204,6 +206,11 @@ func openStore(path string, readOnly bool) (db *bolt.DB, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if !readOnly {
+		if err := db.Sync(); err != nil {
+			return nil, errors.Join(fmt.Errorf("making durable what is there: %w", err), db.Close())
+		}
+	}
 	return db, nil
 }
 
@@ -218,6 +225,9 @@ func walkFile(path string) error {
 
 // walk visits every key, and so every page but the tails of long values.
 func walk(tx *bolt.Tx) error {
+	if err := checkPages(tx, math.MaxInt); err != nil {
+		return err
+	}
 	var visit func(b *bolt.Bucket) error
 	visit = func(b *bolt.Bucket) error {
 		return b.ForEach(func(key, value []byte) error {
@@ -309,6 +319,9 @@ type state struct {
 
 // loadState reads the state of a file and verifies its head: the last commits must hash to what the head says.
 func loadState(tx *bolt.Tx, trustDomain string) (s state, err error) {
+	if err := checkPages(tx, newestPages); err != nil {
+		return s, err
+	}
 	meta := tx.Bucket(bucketMeta)
 	if meta == nil || tx.Bucket(bucketEvents) == nil || tx.Bucket(bucketCommits) == nil || tx.Bucket(bucketTrustDomains) == nil {
 		return s, damaged{errors.New("it is a bbolt file, but not a ledger: its buckets are missing")}

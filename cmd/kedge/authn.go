@@ -59,6 +59,9 @@ func (s *server) joinKey(ctx context.Context) (crypto.Signer, error) {
 		return nil, err
 	}
 	current := filepath.Join(dir, "current") // names the key
+	if err := atomicfile.Clean(current); err != nil {
+		return nil, err
+	}
 	ref, err := os.ReadFile(current)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err

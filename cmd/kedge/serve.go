@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"kedge/ca/atomicfile"
 	"kedge/cmd/kedge/config"
 )
 
@@ -141,8 +142,8 @@ func example(pattern string) string {
 
 // makeDataFolder makes the data folder, or makes sure that it is this user's alone.
 func makeDataFolder(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("making the data folder: %w", err)
+	if err := atomicfile.MakeFolder(dir); err != nil {
+		return fmt.Errorf("the data folder: %w", err)
 	}
 	info, err := os.Stat(dir)
 	if err != nil {

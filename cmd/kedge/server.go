@@ -203,6 +203,9 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 		return err
 	}
 	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems, Gate: s.gate, Serving: s.serving.NotAfter})
+	if err := atomicfile.Clean(s.rootFile()); err != nil {
+		return err
+	}
 	s.noteRoots()
 	var streams context.Context
 	streams, s.endStreams = context.WithCancel(context.WithoutCancel(ctx))

@@ -36,6 +36,9 @@ func (k *keySet) readCache() {
 	if k.cache == "" {
 		return
 	}
+	if err := atomicfile.Clean(k.cache); err != nil {
+		k.log.Warn("beside the issuer's keys of an earlier run", "error", err)
+	}
 	file, err := os.Open(k.cache)
 	if errors.Is(err, fs.ErrNotExist) {
 		return

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"kedge/ca/atomicfile"
 )
 
 // maxFile is the largest file that is read, in octets. An encrypted RSA-4096 key has about 3,400.
@@ -15,15 +17,13 @@ const maxFile = 64 << 10
 // temporary matches the names that atomicfile gives to files while it writes them. One that is found at start was left by a crash.
 const temporary = ".*.pem.*"
 
-// prepareFolder makes the folder if need be, makes sure that nobody else may put files into it, and removes what a crash left.
+// prepareFolder makes the folder if need be, makes sure that nobody else may put files into it, and removes what a crash left. What is there then is
+// on disk, also if whoever put it there was killed too soon: nothing is built on what a power cut would take.
 func prepareFolder(dir string) error {
-	info, err := os.Stat(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("making the folder %s for keys: %w", dir, err)
-		}
-		return syncFolder(filepath.Dir(dir))
+	if err := atomicfile.MakeFolder(dir); err != nil {
+		return fmt.Errorf("a folder for keys: %w", err)
 	}
+	info, err := os.Stat(dir)
 	if err != nil {
 		return fmt.Errorf("looking at the folder %s for keys: %w", dir, err)
 	}
@@ -42,7 +42,7 @@ func prepareFolder(dir string) error {
 			return fmt.Errorf("removing %s, which a crash left: %w", path, err)
 		}
 	}
-	return nil
+	return atomicfile.SyncFolder(dir)
 }
 
 // escapeGlob makes a path that filepath.Glob takes literally.
@@ -56,19 +56,6 @@ func escapeGlob(path string) string {
 		escaped = append(escaped, path[i])
 	}
 	return string(escaped)
-}
-
-// syncFolder makes the names in a folder durable.
-func syncFolder(dir string) error {
-	f, err := os.Open(filepath.Clean(dir))
-	if err != nil {
-		return fmt.Errorf("flushing the folder %s to disk: %w", dir, err)
-	}
-	defer f.Close()
-	if err := f.Sync(); err != nil {
-		return fmt.Errorf("flushing the folder %s to disk: %w", dir, err)
-	}
-	return nil
 }
 
 // read returns a file whose mode has none of the bits of forbidden; wanted is the mode to tell the admin to set.

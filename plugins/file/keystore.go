@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 
 	"kedge/ca"
+	"kedge/ca/atomicfile"
 )
 
 // KeyStoreOptions says where keys are kept.
@@ -100,7 +101,7 @@ func (s *KeyStore) Delete(ctx context.Context, ref string) error {
 		}
 		return fmt.Errorf("deleting the key %s: %w", ref, err)
 	}
-	return syncFolder(s.dir)
+	return atomicfile.SyncFolder(s.dir)
 }
 
 // File returns the key's file as it is on disk. Without such a key the error wraps fs.ErrNotExist.

@@ -126,7 +126,7 @@ func (r *Root) Recorded() error {
 		return fmt.Errorf("giving the key of the root in %s its name: %w", r.dir, err)
 	}
 	r.keyName = keyFile
-	return syncFolder(r.dir)
+	return atomicfile.SyncFolder(r.dir)
 }
 
 // CertificateFile is the path of the root certificate in PEM: what clients of a new CA are given to trust.

@@ -2,5 +2,6 @@
 // fsync fails, what it depends on goes away. After each of them the same must hold: what a client received is in the ledger, and the CA
 // goes on by itself.
 //
-// KEDGE_KILL_ROUNDS sets how often TestKillNineUnderLoad kills it.
+// KEDGE_KILLS sets how often TestKillNineUnderLoad kills it, KEDGE_CUTS how many power cuts each of the tests of those plays: 'make crash' plays a
+// thousand of both.
 package crash

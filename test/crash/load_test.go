@@ -134,11 +134,19 @@ func (l *load) await(t *testing.T, more int64) {
 	})
 }
 
-// check makes sure that clients were told nothing but what they can live with, and that the ledger has all that they hold.
-func (l *load) check(t *testing.T, k *process.Kedge) {
+// take gives away what was received since the last time, once no client was told anything but what it can live with.
+func (l *load) take(t *testing.T) (leaves []*x509.Certificate) {
 	t.Helper()
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.complain(t)
+	leaves, l.leaves = l.leaves, nil
+	return leaves
+}
+
+// complain tells of what clients cannot live with.
+func (l *load) complain(t *testing.T) {
+	t.Helper()
 	for i, err := range l.odd {
 		if i == 5 {
 			t.Errorf("… and %d more", len(l.odd)-i)
@@ -146,6 +154,14 @@ func (l *load) check(t *testing.T, k *process.Kedge) {
 		}
 		t.Errorf("a client was told: %v", err)
 	}
+}
+
+// check makes sure that clients were told nothing but what they can live with, and that the ledger has all that they hold.
+func (l *load) check(t *testing.T, k *process.Kedge) {
+	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.complain(t)
 	if len(l.leaves) == 0 {
 		t.Error("no client received anything")
 	}
