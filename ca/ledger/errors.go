@@ -32,6 +32,12 @@ func isDamaged(err error) bool {
 	return errors.As(err, &broken)
 }
 
+// undurable is an error of a file that can be read, and of which it is open what is on the disk.
+type undurable struct{ err error }
+
+func (u undurable) Error() string { return u.err.Error() }
+func (u undurable) Unwrap() error { return u.err }
+
 // storeError is an error of the file below, as opposed to a draft that was refused: it makes the ledger faulted.
 type storeError struct{ err error }
 
