@@ -14,6 +14,7 @@ var (
 	ErrAlready      = errors.New("it is recorded already")                       // a Confirm, Token, Revoke or taint for the second time
 	ErrConflict     = errors.New("the state is not the expected one")            // compare-and-swap of an authority or bundle: read again, decide again
 	ErrNotFound     = errors.New("it is not in the ledger")                      //
+	ErrPruned       = errors.New("it was pruned")                                // a read from a number on that is no longer kept
 	ErrBusy         = errors.New("too many appends are waiting already")         // nothing was taken; try again soon
 	ErrUnavailable  = errors.New("the ledger cannot be written")                 // the store is at fault; wraps the cause, and heals by itself when that goes away
 	ErrClosed       = errors.New("the ledger is closed")                         //

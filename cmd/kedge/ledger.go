@@ -359,7 +359,9 @@ func newLedgerExportCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	c := &cobra.Command{
 		Use: "export", Short: "Print events as JSON lines, the oldest first, for a SIEM", Args: arguments(),
-		Long: `Print one JSON object a line, the oldest event first. To go on where the last export ended, give --from one more than the last number that it printed.`,
+		Long: `Print one JSON object a line, the oldest event first. To go on where the last export ended, give --from one more than the last number that it printed.
+When events from there on were pruned meanwhile, that is an error, so that no gap goes unnoticed: the archive folder has them, if there is one. Without --from it
+begins with the first event that is kept.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()
 			if err != nil {

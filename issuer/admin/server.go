@@ -145,6 +145,8 @@ func statusOf(err error) int {
 		return http.StatusNotFound
 	case errors.Is(err, ledger.ErrAlready):
 		return http.StatusConflict
+	case errors.Is(err, ledger.ErrPruned):
+		return http.StatusGone
 	case errors.Is(err, ledger.ErrUnavailable), errors.Is(err, ca.ErrUnavailable):
 		return http.StatusServiceUnavailable
 	}
