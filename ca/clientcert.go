@@ -236,6 +236,9 @@ func (issuers *clientIssuers) find(leaf *x509.Certificate, now time.Time) (*clie
 			continue
 		}
 		if by, tainted := issuers.tainted[issuer.key]; tainted {
+			if by == issuer.id {
+				return nil, fmt.Errorf("the issuing CA %s that signed it is tainted", by)
+			}
 			return nil, fmt.Errorf("the key that signed it is that of the issuing CA %s, and the authority %s is tainted", issuer.id, by)
 		}
 		return issuer, nil // our own come first

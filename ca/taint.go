@@ -43,6 +43,9 @@ func (c *CA) recordTaint(ctx context.Context, id ledger.Hash, reason, by string)
 		case record.Role == ledger.RoleRoot:
 			return Invalid(fmt.Errorf("the authority %s is a root: every new issuing CA would be under it again. Replace a compromised root", id))
 		}
+		if record.Tainted {
+			return kinded{ledger.ErrAlready, fmt.Errorf("the authority %s is tainted already", id)}
+		}
 		_, err := c.ledger.Append(ctx, &ledger.Authority{ID: id, TrustDomain: c.td.Name(), From: record.State, To: record.State, Tainted: true, Reason: reason, By: by})
 		// The append may have landed though the caller went away, so the ledger is asked in any case.
 		return errors.Join(err, c.reload(context.WithoutCancel(ctx)))

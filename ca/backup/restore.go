@@ -137,7 +137,11 @@ func restore(ctx context.Context, o Options, temporary string) (report Report, e
 			from.head.Number, from.head.Log, seen.Head.Number, seen.Head.Log)
 	}
 	// Without a clock the new CA would begin with the time of the restore, on the word of this machine alone (I8).
-	if _, err := ca.OpenGuardedClock(filepath.Join(temporary, clockFile), o.Clock, seen.Head.Time.Time()); err != nil {
+	guarded, err := ca.OpenGuardedClock(filepath.Join(temporary, clockFile), o.Clock, seen.Head.Time.Time())
+	if err == nil {
+		err = guarded.Save()
+	}
+	if err != nil {
 		return report, err
 	}
 	if report, err = newLog(ctx, o, temporary, seen.TrustDomain, from); err != nil {

@@ -14,6 +14,7 @@ var (
 	ErrAlready      = errors.New("it is recorded already")                       // a Confirm, Token, Revoke or taint for the second time
 	ErrConflict     = errors.New("the state is not the expected one")            // compare-and-swap of an authority or bundle: read again, decide again
 	ErrNotFound     = errors.New("it is not in the ledger")                      //
+	ErrPruned       = errors.New("it was pruned")                                // a read from a number on that is no longer kept
 	ErrBusy         = errors.New("too many appends are waiting already")         // nothing was taken; try again soon
 	ErrUnavailable  = errors.New("the ledger cannot be written")                 // the store is at fault; wraps the cause, and heals by itself when that goes away
 	ErrClosed       = errors.New("the ledger is closed")                         //
@@ -31,6 +32,12 @@ func isDamaged(err error) bool {
 	var broken damaged
 	return errors.As(err, &broken)
 }
+
+// undurable is an error of a file that can be read, and of which it is open what is on the disk.
+type undurable struct{ err error }
+
+func (u undurable) Error() string { return u.err.Error() }
+func (u undurable) Unwrap() error { return u.err }
 
 // storeError is an error of the file below, as opposed to a draft that was refused: it makes the ledger faulted.
 type storeError struct{ err error }

@@ -95,6 +95,11 @@ func Open(dir string, o Options) (*Ledger, error) {
 	if err == nil {
 		l.db, err = openStore(l.path, false)
 	}
+	if open := (undurable{}); errors.As(err, &open) { // a failing disk, on which the ledger can be read and waits for better times
+		l.fault.Store(l.newFault(err))
+		o.Logger.Error("the ledger is faulted from the start: nothing is issued until it can be written", "error", l.Fault())
+		l.db, err = openStore(l.path, true)
+	}
 	if err != nil {
 		return nil, damage(l.path, err)
 	}

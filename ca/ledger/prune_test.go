@@ -199,6 +199,82 @@ func TestWhatIsPrunedIsInTheArchiveFirst(t *testing.T) {
 	}
 }
 
+// Who asks for events from a number on and gets later ones would not know that some are missing.
+func TestAReadFromAPrunedNumberSaysSo(t *testing.T) {
+	t.Parallel()
+	archive := t.TempDir()
+	h := newHouse(t, func(o *Options) { o.ArchiveDir = archive }) // 1 to 3
+	h.must(h.issue())                                             // 4
+	h.clock.advance(40 * day)
+	start := h.clock.at()
+	h.must(h.issue()) // 5
+	h.must(h.issue()) // 6
+	h.prune(h.clock.Now())
+	ctx := context.Background()
+	for _, test := range []struct {
+		name   string
+		filter Filter
+		want   string // "": the events from 5 on
+	}{
+		{"from the first that is kept", Filter{From: 5}, ""},
+		{"from wherever it begins", Filter{}, ""},
+		{"from nowhere, to a number", Filter{To: 6}, ""},
+		{"what is later than all that is gone", Filter{From: 2, Since: start + 1}, ""},
+		{"from a number", Filter{From: 2}, "the events 2 to 4 are no longer in the ledger, which begins with number 5: it was pruned; "},
+		{"since a time, too", Filter{From: 2, Since: start}, "the events 2 to 4 are no longer"},
+		{"from the last that is gone", Filter{From: 4}, "event 4 is no longer in the ledger"},
+		{"one", Filter{From: 3, To: 3}, "event 3 is no longer in the ledger"},
+		{"some that are all gone", Filter{From: 1, To: 2}, "the events 1 to 2 are no longer"},
+		{"newest first", Filter{From: 2, Newest: true}, "the events 2 to 4 are no longer"},
+	} {
+		var got []uint64
+		var err error
+		for e, failed := range h.Events(ctx, test.filter) {
+			if err = failed; err == nil {
+				got = append(got, e.Number)
+			}
+		}
+		_, countErr := h.Count(ctx, test.filter)
+		if test.want == "" && (err != nil || countErr != nil || test.filter.Since == 0 && (len(got) != 2 || got[0] != 5)) {
+			t.Errorf("%s: events %v, %v, %v", test.name, got, err, countErr)
+		}
+		if test.want != "" {
+			for _, err := range []error{err, countErr} {
+				if len(got) != 0 || !errors.Is(err, ErrPruned) || !strings.Contains(err.Error(), test.want) || !strings.Contains(err.Error(), archive) {
+					t.Errorf("%s: events %v, %v", test.name, got, err)
+				}
+			}
+		}
+	}
+}
+
+// What is pruned while it is being read is missed, and not passed over.
+func TestAReadThatIsOvertakenByPruningSaysSo(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	var bodies []Body
+	for range maxDraft {
+		bodies = append(bodies, h.issue())
+	}
+	for h.Head().Number < 2*chunkRecords {
+		h.must(bodies...)
+	}
+	h.clock.advance(40 * day)
+	var last Event
+	var err error
+	for e, failed := range h.Events(context.Background(), Filter{}) {
+		if err = failed; err != nil {
+			break
+		}
+		if last = e; e.Number == 1 {
+			h.prune(h.clock.Now())
+		}
+	}
+	if !errors.Is(err, ErrPruned) || last.Number >= h.Head().Number || !strings.Contains(err.Error(), "there is no archive of them") {
+		t.Errorf("the last was event %d, %v", last.Number, err)
+	}
+}
+
 // A crash between the archive and the drop, or in the midst of either: the next run goes on, and nothing is archived twice.
 func TestArchivingGoesOnAfterACrash(t *testing.T) {
 	t.Parallel()

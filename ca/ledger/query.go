@@ -20,7 +20,7 @@ const (
 
 // Filter selects events. The zero value selects all. What is set must all hold.
 type Filter struct {
-	From, To  uint64 // numbers, both inclusive; 0: from the first, to the last
+	From, To  uint64 // numbers, both inclusive; 0: from the first that is kept, to the last. A From that was pruned is ErrPruned
 	Types     []Type // any of these; empty: all
 	SPIFFEID  string // of an issue or a join token
 	Serial    Serial // of an issue, confirmation or revocation
@@ -91,6 +91,7 @@ func (m matcher) matches(e Event) bool {
 type span struct {
 	first, last uint64
 	newest      bool
+	whole       bool // each of the numbers has its event, unless it was pruned meanwhile: then chunk gives ErrPruned, if it reads from the first on
 }
 
 func (s span) empty() bool { return s.first > s.last }
@@ -108,6 +109,13 @@ func (l *Ledger) chunk(s *span, visit func(n uint64, raw []byte) (more bool, err
 			} else if toNumber(key) > s.last {
 				key, raw = cursor.Prev()
 			}
+		}
+		if s.whole && !s.newest && toNumber(key) != s.first {
+			last := s.last
+			if key != nil {
+				last = min(last, toNumber(key)-1)
+			}
+			return l.pruned(s.first, last)
 		}
 		for read := 0; read < chunkRecords; read++ {
 			n := toNumber(key)
@@ -132,7 +140,7 @@ func (l *Ledger) chunk(s *span, visit func(n uint64, raw []byte) (more bool, err
 
 // span finds the numbers that a filter leaves. Times never fall along the log, so that they are found by bisection.
 func (l *Ledger) span(f Filter) (s span, err error) {
-	s = span{first: max(f.From, 1), last: math.MaxUint64 - 1, newest: f.Newest}
+	s = span{first: max(f.From, 1), last: math.MaxUint64 - 1, newest: f.Newest, whole: true}
 	if f.To != 0 {
 		s.last = f.To
 	}
@@ -156,9 +164,29 @@ func (l *Ledger) span(f Filter) (s span, err error) {
 			}
 			s.last = min(s.last, n-1)
 		}
+		if f.From != 0 && f.From < head.First && s.first == head.First { // else what was pruned is earlier than Since
+			last := head.First - 1
+			if f.To != 0 {
+				last = min(last, f.To)
+			}
+			return l.pruned(f.From, last)
+		}
 		return nil
 	})
 	return s, err
+}
+
+// pruned says that events are gone, and where they may be.
+func (l *Ledger) pruned(first, last uint64) error {
+	what := fmt.Sprintf("the events %d to %d are", first, last)
+	if first == last {
+		what = fmt.Sprintf("event %d is", first)
+	}
+	where := "there is no archive of them, since ledger.archiveDir is not set"
+	if l.o.ArchiveDir != "" {
+		where = "what was dropped since ledger.archiveDir is set is in files in " + l.o.ArchiveDir
+	}
+	return fmt.Errorf("%s no longer in the ledger, which begins with number %d: %w; %s", what, l.Head().First, ErrPruned, where)
 }
 
 // firstAt returns the number of the first event that is not earlier than t, or the one after the last event.
@@ -212,7 +240,7 @@ type stored struct {
 	raw    []byte
 }
 
-// Events goes through the events that match. It ends with the last event that there was when it began, or after an error, which
+// Events goes through the events that match. A gap is an error, ErrPruned: when From is no longer kept, or when what is to be read is pruned meanwhile. It ends with the last event that there was when it began, or after an error, which
 // it yields as its last. The body of the loop may use the ledger freely.
 func (l *Ledger) Events(ctx context.Context, f Filter) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {

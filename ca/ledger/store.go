@@ -208,7 +208,7 @@ func openStore(path string, readOnly bool) (db *bolt.DB, err error) {
 	}
 	if !readOnly {
 		if err := db.Sync(); err != nil {
-			return nil, errors.Join(fmt.Errorf("making durable what is there: %w", err), db.Close())
+			return nil, errors.Join(undurable{fmt.Errorf("making durable what is there: %w", err)}, db.Close())
 		}
 	}
 	return db, nil

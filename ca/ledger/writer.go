@@ -97,6 +97,9 @@ const gather = 5 * time.Millisecond
 // write is the goroutine that writes.
 func (l *Ledger) write() {
 	defer close(l.done)
+	if l.Fault() != nil {
+		l.heal()
+	}
 	var ended time.Time
 	for d := range l.queue {
 		if l.isClosing() {

@@ -3,7 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -36,6 +38,14 @@ func findAuthority(c *cobra.Command, client *admin.Client, what, prefix string) 
 	return found[0], nil
 }
 
+// leastTaintID is how many digits of an id a taint asks for.
+const leastTaintID = 8
+
+// underTainted says what is left of a tainted issuing CA.
+func underTainted(live uint64, last time.Time) string {
+	return fmt.Sprintf("live certificates under it, this CA's own for its server among them: %d, the last until %s", live, people(last))
+}
+
 func newAuthorityTaintCommand(t *target) *cobra.Command {
 	var asJSON bool
 	var reason string
@@ -43,10 +53,14 @@ func newAuthorityTaintCommand(t *target) *cobra.Command {
 		Use: "taint ID --reason TEXT", Short: "Say that an issuing CA's key is compromised, for good", Args: arguments("ID"),
 		Long: `Mark an issuing CA as compromised. From then on nothing is issued under it, and client certificates under it authenticate nobody to this CA:
 their holders need a token. If it is the one that signs, a new one takes over at once. What it issued still verifies among workloads
-until it expires. ID is the authority's id, or the beginning of it. There is no way back.`,
+until it expires. ID is the authority's id, or at least the first eight digits of it. There is no way back.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if reason == "" {
 				return usageError{errors.New("--reason is missing: why, for the ledger")}
+			}
+			if len(args[0]) < leastTaintID {
+				return usageError{fmt.Errorf("ID %q has fewer than %d digits, and a taint has no way back: give at least the first %d of the id that 'kedge authority list' shows",
+					args[0], leastTaintID, leastTaintID)}
 			}
 			client, err := t.client()
 			if err != nil {
@@ -56,13 +70,21 @@ until it expires. ID is the authority's id, or the beginning of it. There is no 
 			if err != nil {
 				return err
 			}
-			if err := client.Taint(c.Context(), admin.TaintRequest{ID: id, Reason: reason}); err != nil {
+			answer, err := client.Taint(c.Context(), admin.TaintRequest{ID: id, Reason: reason})
+			if err != nil {
 				return err
 			}
 			if asJSON {
-				return printJSON(c.OutOrStdout(), map[string]any{"id": id, "tainted": true})
+				return printJSON(c.OutOrStdout(), answer)
 			}
-			_, err = fmt.Fprintf(c.OutOrStdout(), "tainted %s\n", id)
+			text := fmt.Sprintf("tainted %s\n", answer.ID)
+			if answer.Signing != nil {
+				text += fmt.Sprintf("signing now is %s\n", answer.Signing)
+			}
+			if answer.Live > 0 && answer.LastExpiry != nil {
+				text += fmt.Sprintf("%s. Their holders need a token to renew; other workloads accept them until they expire\n", underTainted(answer.Live, *answer.LastExpiry))
+			}
+			_, err = io.WriteString(c.OutOrStdout(), text)
 			return err
 		},
 	}

@@ -19,14 +19,14 @@ func newConfigCheckCommand(t *target) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
 		Use: "check", Short: "Say everything that is wrong with the configuration", Args: arguments(),
-		Long: `Read the configuration that --config names as 'kedge serve' would, and say everything that is wrong with it. Exit code 2 when 'kedge serve' would refuse it.`,
+		Long: `Read the configuration that --config names, and the files that it names, as 'kedge serve' would, and say everything that is wrong. Exit code 2 when
+'kedge serve' would refuse it. What may come later, such as a jwksFile that is mounted then, is a warning until it is there. What is in the data
+folder, and whether addresses are free, is for 'kedge doctor'.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			cfg, err := t.load()
 			var warnings []string
 			if err == nil {
-				if warnings, err = cfg.Validate(); err != nil {
-					err = usageError{err}
-				}
+				warnings, err = judge(cfg)
 			}
 			if asJSON {
 				return errors.Join(err, printVerdict(c, warnings, err))

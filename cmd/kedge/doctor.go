@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
@@ -92,55 +93,20 @@ func examine(ctx context.Context, t *target) []finding {
 	}
 	var all []finding
 	warnings, err := cfg.Validate()
+	faults := findFaults(cfg)
 	if err != nil {
 		all = append(all, finding{"configuration", wrong, err.Error(), "correct the file; 'kedge config check' looks at it again"})
-	} else if len(warnings) == 0 {
+	} else if len(warnings)+len(faults) == 0 {
 		all = append(all, finding{"configuration", good, "it can be used", ""})
 	}
 	for _, warning := range warnings {
 		all = append(all, finding{"configuration", note, warning, ""})
 	}
-	all = append(all, examineFiles(cfg)...)
+	for _, f := range faults {
+		all = append(all, finding{f.key, wrong, f.what(), f.mend})
+	}
 	all = append(all, examineFolder(cfg)...)
 	return append(all, examineRunning(ctx, t, cfg)...)
-}
-
-// examineFiles looks at the files that the configuration names, without believing what is in them.
-func examineFiles(cfg *config.Config) []finding {
-	var all []finding
-	look := func(key, path string, secret bool) {
-		if path == "" {
-			return
-		}
-		file, err := os.Open(path)
-		if err != nil {
-			all = append(all, finding{key, wrong, err.Error(), "put the file there, let the CA's user read it, or name another"})
-			return
-		}
-		defer file.Close() // nothing was written
-		info, err := file.Stat()
-		switch {
-		case err != nil:
-			all = append(all, finding{key, wrong, err.Error(), ""})
-		case !info.Mode().IsRegular():
-			all = append(all, finding{key, wrong, path + " is not a file", "name a file"})
-		case secret && info.Mode().Perm()&0o037 != 0: // a secret that Kubernetes mounts may be read by the pod's group
-			all = append(all, finding{key, wrong, fmt.Sprintf("others may read %s (mode %#o)", path, info.Mode().Perm()), "chmod 600 " + path})
-		}
-	}
-	look("root.file.passphraseFile", cfg.Root.File.PassphraseFile, true)
-	look("issuingCA.passphraseFile", cfg.IssuingCA.PassphraseFile, true)
-	look("tracing.caFile", cfg.Tracing.CAFile, false)
-	for i, issuer := range cfg.Callers.TokenIssuers {
-		key := fmt.Sprintf("callers.tokenIssuers[%d].", i)
-		look(key+"jwksFile", issuer.JWKSFile, false)
-		look(key+"caFile", issuer.CAFile, false)
-		look(key+"bearerTokenFile", issuer.BearerTokenFile, false) // the kubelet's own have mode 0644
-	}
-	for i, path := range cfg.Callers.ClientCertificates.OtherIssuers {
-		look(fmt.Sprintf("callers.clientCertificates.otherIssuers[%d]", i), path, false)
-	}
-	return all
 }
 
 func examineFolder(cfg *config.Config) []finding {
@@ -161,8 +127,6 @@ func examineFolder(cfg *config.Config) []finding {
 	var all []finding
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
 		all = append(all, finding{about, wrong, fmt.Sprintf("%s holds keys, and others may enter it (mode %#o)", dir, mode), "chmod 700 " + dir})
-	} else {
-		all = append(all, finding{about, good, dir, ""})
 	}
 	err = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
@@ -177,6 +141,9 @@ func examineFolder(cfg *config.Config) []finding {
 	})
 	if err != nil {
 		all = append(all, finding{about, wrong, err.Error(), ""})
+	}
+	if len(all) == 0 {
+		all = append(all, finding{about, good, dir, ""})
 	}
 	var space unix.Statfs_t
 	if err := unix.Statfs(dir, &space); err != nil {
@@ -194,7 +161,7 @@ func examineRunning(ctx context.Context, t *target, cfg *config.Config) []findin
 	const subject = "running CA"
 	client, err := t.client()
 	if err != nil {
-		return []finding{{subject, wrong, err.Error(), ""}}
+		return nil // what is wrong with dataDir was said above
 	}
 	status, err := client.Status(ctx)
 	if errors.Is(err, admin.ErrNotRunning) {
@@ -224,9 +191,26 @@ func examineRunning(ctx context.Context, t *target, cfg *config.Config) []findin
 	for _, problem := range status.Problems {
 		all = append(all, finding{subject, wrong, problem, ""})
 	}
+	all = append(all, examineTainted(ctx, client)...)
 	if len(cfg.Callers.TokenIssuers) == 0 {
 		all = append(all, finding{"callers", note, "no token issuer is configured: only join tokens and client certificates prove who is asking",
 			"for istio-agents name the cluster's issuer under callers.tokenIssuers"})
+	}
+	return all
+}
+
+// examineTainted looks for what tainted issuing CAs have left.
+func examineTainted(ctx context.Context, client *admin.Client) []finding {
+	var authorities []ca.AuthorityStatus
+	if err := client.Get(ctx, "/v1/authorities", &authorities); err != nil {
+		return []finding{{"authorities", wrong, err.Error(), ""}}
+	}
+	var all []finding
+	for _, a := range authorities {
+		if a.Tainted && a.LiveSVIDs > 0 && a.LastExpiry != nil {
+			all = append(all, finding{"authorities", note, fmt.Sprintf("the issuing CA %s is tainted; %s", short(a.ID), underTainted(a.LiveSVIDs, *a.LastExpiry)),
+				"their holders need a token to renew; 'kedge ledger list --type issue --issuer " + short(a.ID) + "' shows who they are"})
+		}
 	}
 	return all
 }

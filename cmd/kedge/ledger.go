@@ -163,24 +163,33 @@ func describe(e admin.Event) string {
 	case e.Authority != nil:
 		text := fmt.Sprintf("%s  %s → %s", short(e.Authority.ID), e.Authority.From, e.Authority.To)
 		if e.Authority.Tainted {
-			text += "  tainted"
+			text = fmt.Sprintf("%s  tainted, while %s  by %s", short(e.Authority.ID), e.Authority.To, e.Authority.By)
 		}
-		if e.Authority.Reason != "" {
-			text += "  (" + e.Authority.Reason + ")"
-		}
-		return text
+		return text + because(e.Authority.Reason)
 	case e.Bundle != nil:
-		return fmt.Sprintf("sequence %d  %d root(s)  floor %d", e.Bundle.Sequence, len(e.Bundle.Roots), e.Bundle.Floor)
+		roots := "1 root"
+		if n := len(e.Bundle.Roots); n != 1 {
+			roots = fmt.Sprintf("%d roots", n)
+		}
+		return fmt.Sprintf("sequence %d  %s  floor %d", e.Bundle.Sequence, roots, e.Bundle.Floor)
 	case e.Token != nil:
 		return fmt.Sprintf("join token %s for %s  until %s  by %s", e.Token.ID, e.Token.SPIFFEID, e.Token.Expires, e.Token.By)
 	case e.Revoke != nil:
-		return fmt.Sprintf("serial %s  by %s  (%s)", e.Revoke.Serial, e.Revoke.By, e.Revoke.Reason)
+		return fmt.Sprintf("serial %s  by %s", e.Revoke.Serial, e.Revoke.By) + because(e.Revoke.Reason)
 	case e.Waiver != nil:
 		return fmt.Sprintf("%s: %s → %s  by %s", e.Waiver.Gate, e.Waiver.From, e.Waiver.To, e.Waiver.By)
 	case e.Restore != nil:
 		return fmt.Sprintf("log %s begins, after number %d of log %s, as of %s  by %s", e.Log, e.Restore.Number, e.Restore.Log, e.Restore.Taken, e.Restore.By)
 	}
 	return "(of a later version: see --json)"
+}
+
+// because is a reason in parentheses, where there is one.
+func because(reason string) string {
+	if reason == "" {
+		return ""
+	}
+	return "  (" + reason + ")"
 }
 
 func newLedgerShowCommand(t *target) *cobra.Command {
@@ -350,7 +359,9 @@ func newLedgerExportCommand(t *target) *cobra.Command {
 	var flags filterFlags
 	c := &cobra.Command{
 		Use: "export", Short: "Print events as JSON lines, the oldest first, for a SIEM", Args: arguments(),
-		Long: `Print one JSON object a line, the oldest event first. To go on where the last export ended, give --from one more than the last number that it printed.`,
+		Long: `Print one JSON object a line, the oldest event first. To go on where the last export ended, give --from one more than the last number that it printed.
+When events from there on were pruned meanwhile, that is an error, so that no gap goes unnoticed: the archive folder has them, if there is one. Without --from it
+begins with the first event that is kept.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			client, err := t.client()
 			if err != nil {

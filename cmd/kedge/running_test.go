@@ -255,6 +255,73 @@ func TestAnotherUserIsTurnedAway(t *testing.T) {
 	}
 }
 
+// TestNoCrashLeavesKeysBehind: the kernel writes no core file of the CA, and pipes none to a collector, which heeds no size limit but the dumpable flag (core(5)).
+// The flag shows in who owns the files of the process under /proc (proc(5)): root, instead of its own user. So it runs as somebody else, beside a process of the
+// same user that is as others are.
+func TestNoCrashLeavesKeysBehind(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		process.Impossible(t, "running the CA as somebody else needs root", fs.ErrPermission)
+		return
+	}
+	const nobody = 65534
+	k := process.New(t, "")
+	for dir := k.Dir; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) { // let anybody get as far as the folder
+		if err := os.Chmod(dir, 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
+	program := filepath.Join(k.Dir, "kedge")
+	if err := copyProgram(program); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{k.Dir, k.Config} {
+		if err := os.Chown(path, nobody, nobody); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start := func(name string, args ...string) (pid int) {
+		t.Helper()
+		command := exec.Command(name, args...)
+		command.Dir, command.SysProcAttr = "/", &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+		stdin, err := command.StdinPipe() // what holds cat
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := command.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = stdin.Close()
+			_ = command.Process.Kill() // fails when it has ended
+			_ = command.Wait()         // it was killed
+		})
+		return command.Process.Pid
+	}
+	owner := func(pid int) uint32 {
+		t.Helper()
+		info, err := os.Stat(fmt.Sprintf("/proc/%d/environ", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Sys().(*syscall.Stat_t).Uid
+	}
+	ca, other := start(program, "serve", "--config", k.Config), start("cat")
+	process.Eventually(t, "the CA", func() error {
+		_, err := runIn(k.Dir, "bundle", "show", "--config", k.Config)
+		return err
+	})
+	if got := owner(other); got != nobody {
+		t.Fatalf("the files of a process that may be dumped belong to user %d: the test sees nothing", got)
+	}
+	if got := owner(ca); got != 0 {
+		t.Errorf("the CA may be dumped: its files under /proc belong to user %d", got)
+	}
+	if limits := process.Read(t, fmt.Sprintf("/proc/%d/limits", ca)); !regexp.MustCompile(`(?m)^Max core file size +0 +0 `).MatchString(limits) {
+		t.Errorf("the CA may write a core file:\n%s", limits)
+	}
+}
+
 func copyProgram(to string) error {
 	text, err := os.ReadFile(process.Binary())
 	if err != nil {

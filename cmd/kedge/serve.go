@@ -30,9 +30,9 @@ func newServeCommand(t *target) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			warnings, err := cfg.Validate()
+			warnings, err := judge(cfg)
 			if err != nil {
-				return usageError{err}
+				return err
 			}
 			if err := keepSecretsInMemory(); err != nil {
 				return err

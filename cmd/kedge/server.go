@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -168,9 +167,13 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 	if err != nil {
 		return err
 	}
-	others, err := readCertificates(c.Callers.ClientCertificates.OtherIssuers)
-	if err != nil {
-		return err
+	var others []*x509.Certificate
+	for i, path := range c.Callers.ClientCertificates.OtherIssuers {
+		certs, err := readCertificates(path)
+		if err != nil {
+			return fmt.Errorf("callers.clientCertificates.otherIssuers[%d]: %w", i, err)
+		}
+		others = append(others, certs...)
 	}
 	clock := ca.SystemClock()
 	guarded, err := ca.OpenGuardedClock(filepath.Join(s.dataDir, "clock.json"), clock, lastEvent(book))
@@ -417,29 +420,6 @@ func (s *server) status() admin.Status {
 		status.Problems = append(status.Problems, problem.Error())
 	}
 	return status
-}
-
-// readCertificates reads every certificate of some PEM files.
-func readCertificates(paths []string) ([]*x509.Certificate, error) {
-	var all []*x509.Certificate
-	for _, path := range paths {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			return nil, fmt.Errorf("callers.clientCertificates.otherIssuers: %w", err)
-		}
-		before := len(all)
-		for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
-			cert, err := x509.ParseCertificate(block.Bytes)
-			if err != nil {
-				return nil, fmt.Errorf("callers.clientCertificates.otherIssuers: %s: %w", path, err)
-			}
-			all = append(all, cert)
-		}
-		if len(all) == before {
-			return nil, fmt.Errorf("callers.clientCertificates.otherIssuers: %s has no certificate in PEM", path)
-		}
-	}
-	return all, nil
 }
 
 // lastEvent is when the ledger's last event was recorded; zero when it has none.

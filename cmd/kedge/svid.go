@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -65,7 +66,8 @@ With --renew the SVID that is in --out already proves who is asking, and no toke
 unless it is given.
 
 The three files change at one instant: they are links through --out/..data, which is exchanged as a whole. When the CA is not there yet, or cannot
-issue now, it is asked again until --timeout has passed. A refusal that stays one ends the command at once.`,
+issue now, it is asked again until --timeout has passed. A refusal that stays one ends the command at once. What came is written only if the SVID
+verifies under the trust bundle that came with it.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := f.check(); err != nil {
 				return usageError{err}
@@ -254,7 +256,7 @@ func (f *fetch) explain(err error) error {
 	return fmt.Errorf("%s: %s", s.Code(), s.Message())
 }
 
-// write checks what came, and writes it.
+// write checks what came, and writes it. What is there is replaced by nothing that does not hold together.
 func (f *fetch) write(out io.Writer, key crypto.Signer, chain, bundle string) error {
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
@@ -263,7 +265,19 @@ func (f *fetch) write(out io.Writer, key crypto.Signer, chain, bundle string) er
 	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
 	svid, err := x509svid.Parse([]byte(chain), keyPEM)
 	if err != nil {
-		return fmt.Errorf("what the CA sent is no SVID for the key: %w", err)
+		return fmt.Errorf("what the CA at %s sent is no SVID for the key; %s is as it was: %w", f.server, f.out, err)
+	}
+	roots, err := x509bundle.Parse(svid.ID.TrustDomain(), []byte(bundle))
+	if err == nil {
+		at := time.Now()
+		if begins := svid.Certificates[0].NotBefore; at.Before(begins) { // a machine that has just started may have its clock set yet
+			at = begins
+		}
+		_, _, err = x509svid.Verify(svid.Certificates, roots, x509svid.WithTime(at))
+	}
+	if err != nil { // nobody who holds root-cert.pem would accept it
+		return fmt.Errorf("the SVID that the CA at %s sent does not verify under the trust bundle that it sent along (%w): it is not used, and %s is as it was. "+
+			"Is this machine's clock right, and what does 'kedge doctor' say at the CA?", f.server, err, f.out)
 	}
 	if err := atomicfile.WriteSet(f.out, map[string][]byte{keyFile: keyPEM, chainFile: []byte(chain), rootFile: []byte(bundle)}); err != nil {
 		return err
@@ -296,23 +310,13 @@ func (f *fetch) write(out io.Writer, key crypto.Signer, chain, bundle string) er
 
 // clamped says whether the CA granted less than what was asked for, which it does above a profile's maximum. It goes by the certificate's own two times,
 // since the clocks of two machines differ; notBefore lies somewhat before the time of issue.
-func (f *fetch) clamped(leaf *x509.Certificate) bool { return leaf.NotAfter.Sub(leaf.NotBefore) < f.ttl.Std() }
+func (f *fetch) clamped(leaf *x509.Certificate) bool {
+	return leaf.NotAfter.Sub(leaf.NotBefore) < f.ttl.Std()
+}
 
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
-}
-
-func readRoots(path string) (*x509.CertPool, error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("reading the roots: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("reading the roots: %s has no certificate in PEM", path)
-	}
-	return pool, nil
 }
 
 const maxToken = 16 << 10 // octets, as the CA has it

@@ -1,15 +1,20 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"io"
+	"maps"
 	"math/big"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,6 +32,7 @@ import (
 	"google.golang.org/grpc/status"
 	pb "istio.io/api/security/v1alpha1"
 
+	"kedge/ca/atomicfile"
 	"kedge/test/process"
 )
 
@@ -294,5 +300,85 @@ func TestAnInterruptedFetchFails(t *testing.T) {
 	if said := v.wait(t, 1); !strings.Contains(said, "\nkedge: the CA at "+address+" gave no SVID: terminated signal received; tries: ") ||
 		!strings.Contains(said, ", the last one: as the test wants it. ") {
 		t.Errorf("it says %s", said)
+	}
+}
+
+// forged is a CSR API that certifies whatever it is asked for, and sends a bundle of the test's choice.
+type forged struct {
+	pb.UnimplementedIstioCertificateServiceServer
+	root   *x509.Certificate
+	key    crypto.Signer
+	bundle string
+	end    time.Time // of the certificates
+}
+
+func newRoot(t *testing.T, name string) (root *x509.Certificate, key crypto.Signer) {
+	t.Helper()
+	key = process.NewKey(t).Signer
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(3 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if root, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	return root, key
+}
+
+func inPEM(der []byte) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+func (f *forged) CreateCertificate(_ context.Context, request *pb.IstioCertificateRequest) (*pb.IstioCertificateResponse, error) {
+	block, _ := pem.Decode([]byte(request.GetCsr()))
+	csr, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(2), URIs: []*url.URL{{Scheme: "spiffe", Host: "cluster.local", Path: "/ns/default/sa/web"}},
+		NotBefore: f.end.Add(-time.Hour), NotAfter: f.end, KeyUsage: x509.KeyUsageDigitalSignature}
+	der, err := x509.CreateCertificate(rand.Reader, template, f.root, csr.PublicKey, f.key)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.IstioCertificateResponse{CertChain: []string{inPEM(der), f.bundle}}, nil
+}
+
+// TestFetchReplacesNothingByAnSVIDThatItsBundleDoesNotBearOut: the server has proved itself, and what it sends is of no use.
+func TestFetchReplacesNothingByAnSVIDThatItsBundleDoesNotBearOut(t *testing.T) {
+	t.Parallel()
+	root, key := newRoot(t, "its root")
+	other, _ := newRoot(t, "another root")
+	token, out := filepath.Join(t.TempDir(), "token"), filepath.Join(t.TempDir(), "svid")
+	process.Write(t, token, "the-token")
+	fetch := func(bundle string, end time.Time, code int) string {
+		address, serverRoot := serve(t, &forged{root: root, key: key, bundle: bundle, end: end})
+		return launch(t, nil, "svid", "fetch", "--server", address, "--root", serverRoot, "--token-file", token, "--out", out).wait(t, code)
+	}
+	soon := time.Now().Add(30 * time.Minute)
+	fetch(inPEM(root.Raw), soon.Add(time.Hour), 0) // it begins later: a machine's clock may be late
+	before, err := atomicfile.ReadSet(out, chainFile, keyFile, rootFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		bundle string
+		end    time.Time
+		reason string
+	}{
+		{inPEM(other.Raw), soon, "certificate signed by unknown authority"},
+		{"no PEM", soon, "no PEM blocks found"},
+		{inPEM(root.Raw), time.Now().Add(-time.Minute), "certificate has expired or is not yet valid"},
+	} {
+		said := fetch(c.bundle, c.end, 1)
+		if !strings.Contains(said, "does not verify under the trust bundle that it sent along (") || !strings.Contains(said, c.reason) || !strings.Contains(said, "): it is not used, and "+out+" is as it was. ") {
+			t.Errorf("it says %s", said)
+		}
+		after, err := atomicfile.ReadSet(out, chainFile, keyFile, rootFile)
+		if err != nil || !maps.EqualFunc(before, after, bytes.Equal) {
+			t.Errorf("%s: the files have changed (%v)", c.reason, err)
+		}
 	}
 }

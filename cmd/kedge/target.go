@@ -49,16 +49,17 @@ func (t *target) client() (*admin.Client, error) {
 	}
 	socket, err := adminSocket(c.DataDir)
 	if err != nil {
-		return nil, err
+		return nil, usageError{fmt.Errorf("dataDir: %w", err)}
 	}
 	return admin.NewClient(socket), nil
 }
 
-// adminSocket is where the CA of a data folder answers its admins.
+// adminSocket is where the CA of a data folder answers its admins. Not every folder can have one: a socket's path is short.
 func adminSocket(dataDir string) (string, error) {
 	dir, err := filepath.Abs(dataDir)
 	if err != nil {
 		return "", fmt.Errorf("finding the data folder %s: %w", dataDir, err)
 	}
-	return filepath.Join(dir, "admin.sock"), nil
+	socket := filepath.Join(dir, "admin.sock")
+	return socket, admin.CheckPath(socket)
 }

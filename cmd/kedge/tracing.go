@@ -3,10 +3,8 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"log/slog"
-	"os"
 	"time"
 
 	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
@@ -44,14 +42,11 @@ func openTracing(ctx context.Context, c config.Tracing, log *slog.Logger) (*trac
 	} else {
 		secure := &tls.Config{MinVersion: tls.VersionTLS12}
 		if c.CAFile != "" {
-			text, err := os.ReadFile(c.CAFile)
+			roots, err := readRoots(c.CAFile)
 			if err != nil {
 				return nil, fmt.Errorf("tracing.caFile: %w", err)
 			}
-			secure.RootCAs = x509.NewCertPool()
-			if !secure.RootCAs.AppendCertsFromPEM(text) {
-				return nil, fmt.Errorf("tracing.caFile: %s has no certificate in PEM", c.CAFile)
-			}
+			secure.RootCAs = roots
 		}
 		options = append(options, otlptracegrpc.WithTLSCredentials(credentials.NewTLS(secure)))
 	}

@@ -89,6 +89,14 @@ type TaintRequest struct {
 	Reason string      `json:"reason"`
 }
 
+// Tainted says how things stand after a taint.
+type Tainted struct {
+	ID         ledger.Hash  `json:"id"`
+	Signing    *ledger.Hash `json:"signing,omitempty"`     // the issuing CA that signs now; absent while there is none
+	Live       uint64       `json:"live_certificates"`     // under the tainted one; this CA's serving certificates under it count, too
+	LastExpiry *time.Time   `json:"last_expiry,omitempty"` // of these
+}
+
 // Recorded says which event has what was done.
 type Recorded struct {
 	Number uint64 `json:"number"`

@@ -138,8 +138,8 @@ func (c *Client) ConfirmClock(ctx context.Context) (r Recorded, err error) {
 }
 
 // Taint says that an issuing CA is compromised.
-func (c *Client) Taint(ctx context.Context, r TaintRequest) error {
-	return c.call(ctx, http.MethodPost, "/v1/authorities/taint", r, &struct{}{})
+func (c *Client) Taint(ctx context.Context, r TaintRequest) (t Tainted, err error) {
+	return t, c.call(ctx, http.MethodPost, "/v1/authorities/taint", r, &t)
 }
 
 // Backup asks for a backup, and gives it as it comes. It is whole only when backup.Read says so.

@@ -39,12 +39,20 @@ type Server struct {
 // peerKey is where a connection's peer credentials stand in the context of its requests.
 type peerKey struct{}
 
+// CheckPath says whether a socket can have this path.
+func CheckPath(path string) error {
+	const longest = 107 // octets: sockaddr_un of Linux, unix(7)
+	if len(path) > longest {
+		return fmt.Errorf("the admin socket's path %s has %d octets, and a unix socket's has at most %d: choose a shorter dataDir", path, len(path), longest)
+	}
+	return nil
+}
+
 // Listen makes the socket: mode 0600, in a folder that is already 0700. A socket that a killed process left behind is replaced; the
 // data folder's lock is held by then, so nobody else's is.
 func Listen(path string) (net.Listener, error) {
-	const longest = 107 // octets: sockaddr_un of Linux, unix(7)
-	if len(path) > longest {
-		return nil, fmt.Errorf("the admin socket's path %s has %d octets, and a unix socket's has at most %d: choose a shorter dataDir", path, len(path), longest)
+	if err := CheckPath(path); err != nil {
+		return nil, err
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing the admin socket of an earlier run: %w", err)
@@ -137,6 +145,8 @@ func statusOf(err error) int {
 		return http.StatusNotFound
 	case errors.Is(err, ledger.ErrAlready):
 		return http.StatusConflict
+	case errors.Is(err, ledger.ErrPruned):
+		return http.StatusGone
 	case errors.Is(err, ledger.ErrUnavailable), errors.Is(err, ca.ErrUnavailable):
 		return http.StatusServiceUnavailable
 	}
@@ -348,7 +358,20 @@ func (s *Server) taint(r *http.Request) (any, error) {
 	if err := s.CA.Taint(r.Context(), request.ID, request.Reason, peerName(r)); err != nil {
 		return nil, err
 	}
-	return struct{}{}, nil
+	all, err := s.CA.Authorities()
+	if err != nil {
+		return nil, fmt.Errorf("the authority %s is tainted; how things stand now is not known: %w", request.ID, err)
+	}
+	answer := Tainted{ID: request.ID}
+	for _, a := range all {
+		if a.ID == request.ID {
+			answer.Live, answer.LastExpiry = a.LiveSVIDs, a.LastExpiry
+		}
+	}
+	if signing, ok := s.CA.Active(); ok {
+		answer.Signing = &signing
+	}
+	return answer, nil
 }
 
 func (s *Server) setLevel(r *http.Request) (any, error) {

@@ -53,6 +53,27 @@ func newSource(c IssuerConfig) (source, error) {
 	return s, err
 }
 
+// CheckCAFile says whether New can have the roots of a key server from the file.
+func CheckCAFile(path string) error {
+	_, err := source{caFile: path}.roots()
+	return err
+}
+
+// CheckJWKSFile says whether an issuer's keys can be had from the file now. New does not need it: the file is read again and again.
+func CheckJWKSFile(path string) error {
+	raw, err := source{file: path}.read(context.Background()) // which a file does not need
+	if err == nil {
+		_, _, err = parseJWKS(raw)
+	}
+	return err
+}
+
+// CheckBearerTokenFile says whether the token for a key server can be had from the file now. New does not need it: the file is read for each fetch.
+func CheckBearerTokenFile(path string) error {
+	_, err := source{bearerFile: path}.bearer()
+	return err
+}
+
 // String says where the keys come from.
 func (s source) String() string {
 	switch {

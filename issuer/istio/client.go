@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -55,7 +57,7 @@ func Dial(address string, roots *x509.CertPool, certificate *tls.Certificate) (*
 func (c *Client) Close() error { return c.conn.Close() }
 
 // Sign sends a CSR (PEM). token may be empty; ttl 0 asks for the CA's default. It returns the chain, one certificate an element,
-// leaf first, and the trust bundle. The error is gRPC's own, or wraps ErrUntrusted.
+// leaf first, and the trust bundle. The error is a gRPC status, or wraps ErrUntrusted.
 func (c *Client) Sign(ctx context.Context, csr []byte, token string, ttl time.Duration) (chain []string, bundle string, err error) {
 	if token != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
@@ -63,15 +65,40 @@ func (c *Client) Sign(ctx context.Context, csr []byte, token string, ttl time.Du
 	response, err := c.api.CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: string(csr), ValidityDuration: int64(ttl / time.Second)})
 	if err != nil {
 		if refused := c.servers.refused.Load(); refused != nil {
-			err = fmt.Errorf("%w: %w", ErrUntrusted, refused)
+			return nil, "", fmt.Errorf("%w: %w", ErrUntrusted, refused)
 		}
-		return nil, "", err
+		s := status.Convert(err)
+		return nil, "", status.Error(s.Code(), plain(s.Message()))
 	}
 	elements := response.GetCertChain()
 	if len(elements) < 2 {
 		return nil, "", errors.New("the CA's answer has no certificate chain followed by a trust bundle")
 	}
 	return elements[:len(elements)-1], elements[len(elements)-1], nil
+}
+
+// plain is why there is no connection, without the wrappings in which gRPC's message has it:
+//
+//	connection error: desc = "transport: Error while dialing: dial tcp 192.0.2.1:15012: connect: connection refused"
+func plain(message string) string {
+	if message == "name resolver error: produced zero addresses" {
+		return "the name has no address in the DNS"
+	}
+	_, quoted, found := strings.Cut(message, "connection error: desc = ")
+	if !found {
+		return message
+	}
+	if prefix, err := strconv.QuotedPrefix(quoted); err == nil {
+		quoted = prefix
+	}
+	reason, err := strconv.Unquote(quoted)
+	if err != nil {
+		return message
+	}
+	if why, handshake := strings.CutPrefix(reason, "transport: authentication handshake failed: "); handshake {
+		return "the TLS handshake failed: " + why
+	}
+	return strings.TrimPrefix(reason, "transport: Error while dialing: ")
 }
 
 // Retryable says whether the same call may succeed later: the server is not there yet or cannot do it now. The codes are those that istio-agent

@@ -223,9 +223,10 @@ func TestItIsRenewedWhenAnotherIssuingCATakesOver(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inHouse(t, func(t *testing.T, h *house) {
 				first := h.leaf(t)
-				for _, step := range steps { // and no time passes
+				for _, step := range steps { // and no time passes …
 					step(h, t)
 				}
+				pass(time.Second) // … but what commits take
 				h.renewed(t, first)
 			})
 		})

@@ -41,11 +41,9 @@ func OpenKeyStore(o KeyStoreOptions) (*KeyStore, error) {
 		return nil, err
 	}
 	if o.PassphraseFile != "" {
-		phrase, err := s.passphrase.read()
-		if err != nil {
+		if err := CheckPassphraseFile(o.PassphraseFile); err != nil {
 			return nil, err
 		}
-		clear(phrase)
 	}
 	return s, nil
 }

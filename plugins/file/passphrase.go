@@ -11,6 +11,13 @@ type passphrase struct {
 	path string // "": keys are not encrypted
 }
 
+// CheckPassphraseFile says whether OpenRoot and OpenKeyStore can have a passphrase from the file.
+func CheckPassphraseFile(path string) error {
+	phrase, err := passphrase{path}.read()
+	clear(phrase)
+	return err
+}
+
 // read returns the passphrase; the caller wipes it. The file holds one line, whose end is not part of the passphrase
 // (as for openssl's -passin file:). The group may read it, because Kubernetes gives a mounted secret to the pod's fsGroup so.
 func (p passphrase) read() ([]byte, error) {

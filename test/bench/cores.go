@@ -105,6 +105,58 @@ func threadCPU() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
+// ticksPerSecond is the unit of /proc/stat, USER_HZ, on every platform that Go knows.
+const ticksPerSecond = 100
+
+// busy is the time that both cores have spent on anything so far, or on other machines' work, where this one is virtual.
+func (c cores) busy() (total time.Duration, err error) {
+	text, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		if len(fields) < 9 || fields[0] != fmt.Sprintf("cpu%d", c.server) && fields[0] != fmt.Sprintf("cpu%d", c.generator) {
+			continue
+		}
+		for _, i := range []int{1, 2, 3, 6, 7, 8} { // user, nice, system, irq, softirq, steal
+			ticks, err := strconv.ParseInt(fields[i], 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("/proc/stat: %q: %w", line, err)
+			}
+			total += time.Duration(ticks) * time.Second / ticksPerSecond
+		}
+	}
+	return total, nil
+}
+
+// own is the CPU time of this process and of those that it started and saw end.
+func own() (total time.Duration, err error) {
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var usage unix.Rusage
+		if err := unix.Getrusage(who, &usage); err != nil {
+			return 0, err
+		}
+		total += time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+	}
+	return total, nil
+}
+
+// watch returns a function that says how much of both cores others had since watch was called.
+func (c cores) watch() (others func() (share float64, err error), err error) {
+	at := time.Now()
+	read := func() (time.Duration, error) {
+		busy, err := c.busy()
+		mine, ownErr := own()
+		return busy - mine, errors.Join(err, ownErr)
+	}
+	before, err := read()
+	return func() (float64, error) {
+		after, err := read()
+		return max(0, (after-before).Seconds()/time.Since(at).Seconds()/2), err
+	}, err
+}
+
 // machine describes where the results come from, without names.
 func machine(dir string) (string, error) {
 	text, err := os.ReadFile("/proc/cpuinfo")
@@ -131,6 +183,6 @@ func machine(dir string) (string, error) {
 		fileSystem = "ext4"
 	}
 	release, _, _ := strings.Cut(unix.ByteSliceToString(name.Release[:]), "-")
-	return fmt.Sprintf("Measured on %s: %s, %d cores, Linux %s, the ledger on %s, %s.\n", time.Now().UTC().Format(time.DateOnly), model, runtime.NumCPU(),
+	return fmt.Sprintf("Measured on %s: %s, %d cores, Linux %s, the ledger on %s, %s.", time.Now().UTC().Format(time.DateOnly), model, runtime.NumCPU(),
 		release, fileSystem, runtime.Version()), nil
 }

@@ -49,27 +49,11 @@ func (b *bench) costOf(ctx context.Context, s *server, sc scenario, kind string,
 	if err != nil {
 		return m, err
 	}
-	var ask func(ctx context.Context, slot int, r request) ([]string, error)
-	if sc.connect {
-		ask = func(ctx context.Context, _ int, r request) ([]string, error) {
-			c, err := s.dial(nil)
-			if err != nil {
-				return nil, err
-			}
-			defer c.conn.Close()
-			return c.ask(ctx, r)
-		}
-	} else {
-		if !sc.certificates {
-			certificates = nil
-		}
-		callers, release, err := s.crew(ctx, inFlight, certificates)
-		if err != nil {
-			return m, err
-		}
-		defer release()
-		ask = func(ctx context.Context, slot int, r request) ([]string, error) { return callers[slot].ask(ctx, r) }
+	ask, release, err := s.asking(ctx, sc, certificates)
+	if err != nil {
+		return m, err
 	}
+	defer release()
 	failed := func(err error) (measured, error) {
 		return m, fmt.Errorf("%s, %s, %s: %w\n%s", s.name, sc.name, kind, err, s.tail())
 	}
@@ -115,6 +99,25 @@ func (b *bench) costOf(ctx context.Context, s *server, sc scenario, kind string,
 	}
 	m.cpu, m.rate = micros(cpuAfter-cpuBefore)/float64(n), float64(n)/took.Seconds()
 	return m, nil
+}
+
+// asking connects the callers of a scenario, and says how one of them asks.
+func (s *server) asking(ctx context.Context, sc scenario, certificates []*tls.Certificate) (ask func(ctx context.Context, slot int, r request) ([]string, error), release func(), err error) {
+	if sc.connect {
+		return func(ctx context.Context, _ int, r request) ([]string, error) {
+			c, err := s.dial(nil)
+			if err != nil {
+				return nil, err
+			}
+			defer c.conn.Close()
+			return c.ask(ctx, r)
+		}, func() {}, nil
+	}
+	if !sc.certificates {
+		certificates = nil
+	}
+	callers, release, err := s.crew(ctx, inFlight, certificates)
+	return func(ctx context.Context, slot int, r request) ([]string, error) { return callers[slot].ask(ctx, r) }, release, err
 }
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }

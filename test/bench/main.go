@@ -118,11 +118,11 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	debug.SetGCPercent(400) // the generator's core is for calls
-	line, err := machine(b.dir)
+	others, err := b.cores.watch()
 	if err != nil {
 		return err
 	}
-	texts := []string{line}
+	var texts []string
 	for _, s := range sections {
 		if *only != "" && !slices.Contains(strings.Split(*only, ","), s.name) {
 			continue
@@ -134,11 +134,22 @@ func run(ctx context.Context) (err error) {
 		fmt.Println(text)
 		texts = append(texts, text)
 	}
-	b.progress("took %s", time.Since(began).Round(time.Second))
+	line, err := machine(b.dir)
+	if err != nil {
+		return err
+	}
+	share, err := others()
+	if err != nil {
+		return err
+	}
+	took := time.Since(began).Round(time.Minute)
+	line += fmt.Sprintf(" It took %d minutes, during which other programs and the kernel had %.0f %% of the two cores: on an idle machine that is little, and where it is "+
+		"much, only CPU times and ratios say something.\n", int(took.Minutes()), 100*share)
+	fmt.Println(line)
 	if *out == "" {
 		return nil
 	}
-	return insert(*out, strings.Join(texts, "\n"))
+	return insert(*out, line+"\n"+strings.Join(texts, "\n"))
 }
 
 // workFolder makes a folder on a disk: an fsync that costs nothing would flatter Kedge.

@@ -1,13 +1,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -55,21 +59,24 @@ func (b *bench) profiles(ctx context.Context) (text string, err error) {
 		return "", err
 	}
 	defer stopped(s, &err)
-	for _, sc := range []scenario{byToken, byCertificate} {
-		var proofs []*tls.Certificate
-		if sc.certificates {
-			proofs = certificates
-		}
-		if err := b.profile(ctx, s, proofs, file); err != nil {
+	for _, sc := range scenarios {
+		cost, err := b.profile(ctx, s, sc, certificates, file)
+		if err != nil {
 			return "", err
 		}
-		for _, view := range views {
-			lines, err := view.top(ctx, file)
-			if err != nil {
-				return "", err
-			}
-			text += profileText(sc, view, lines)
+		flat, err := pprof(ctx, file, "-top", "-nodecount=25")
+		if err != nil {
+			return "", err
 		}
+		traces, err := pprof(ctx, file, "-traces")
+		if err != nil {
+			return "", err
+		}
+		shares, err := classify(traces)
+		if err != nil {
+			return "", err
+		}
+		text += profileText(sc, cost, shares, flat)
 		if b.keep != "" {
 			if err := os.Rename(file, filepath.Join(b.keep, strings.ReplaceAll(sc.name, " ", "-")+".pprof")); err != nil {
 				return "", err
@@ -79,78 +86,145 @@ func (b *bench) profiles(ctx context.Context) (text string, err error) {
 	return text, nil
 }
 
-// profile writes a profile of a server under load to file.
-func (b *bench) profile(ctx context.Context, s *server, proofs []*tls.Certificate, file string) error {
+// profile writes a profile of a server under load to file, and returns the µs of CPU time that a certificate took meanwhile.
+func (b *bench) profile(ctx context.Context, s *server, sc scenario, certificates []*tls.Certificate, file string) (cost float64, err error) {
 	if err := os.RemoveAll(file); err != nil {
-		return err
+		return 0, err
 	}
-	callers, release, err := s.crew(ctx, inFlight, proofs)
+	ask, release, err := s.asking(ctx, sc, certificates)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer release()
 	next := b.crowd.cycle()
-	toggle := func() error { return s.command.Process.Signal(syscall.SIGUSR1) }
-	ask := func(d time.Duration) error {
+	askFor := func(d time.Duration) (calls int, err error) {
 		const some = 10 * inFlight
-		for end := time.Now().Add(d); time.Now().Before(end); {
+		for end := time.Now().Add(d); time.Now().Before(end); calls += some {
 			requests := make([]request, some)
 			for i := range requests {
-				if requests[i] = next(); proofs != nil {
+				if requests[i] = next(); sc.certificates {
 					requests[i].token = ""
 				}
 			}
 			err := closed(ctx, inFlight, some, func(ctx context.Context, slot, i int) error {
-				_, err := callers[slot].ask(ctx, requests[i])
+				_, err := ask(ctx, slot, requests[i])
 				return err
 			})
 			if err != nil {
-				return err
+				return 0, err
 			}
 		}
-		return nil
+		return calls, nil
 	}
-	if err := ask(b.settings.profile / 5); err != nil {
-		return err
+	toggle := func() error { return s.command.Process.Signal(syscall.SIGUSR1) }
+	if _, err := askFor(b.settings.profile / 5); err != nil {
+		return 0, err
+	}
+	before, err := s.cpu()
+	if err != nil {
+		return 0, err
 	}
 	if err := toggle(); err != nil {
-		return err
+		return 0, err
 	}
-	if err := ask(b.settings.profile); err != nil {
-		return err
+	calls, err := askFor(b.settings.profile)
+	if err != nil {
+		return 0, err
 	}
 	if err := toggle(); err != nil {
-		return err
+		return 0, err
 	}
-	return poll(ctx, func() error {
+	after, err := s.cpu()
+	if err != nil {
+		return 0, err
+	}
+	return micros(after-before) / float64(calls), poll(ctx, func() error {
 		_, err := os.Stat(file)
 		return err
 	}, s.ended)
 }
 
-// view is a way to look at a profile.
-type view struct {
-	title string
-	args  []string
-}
-
-var views = []view{
-	{"by what runs", []string{"-nodecount=25"}},
-	// What is not shown counts for what calls it.
-	{"by what it is for", []string{"-nodecount=40", "-cum", "-show=" +
-		`^kedge/|^crypto/x509\.|^crypto/tls\.\(\*Conn\)|^github.com/|^log/slog\.|^go\.etcd\.io/bbolt\.\(\*(Tx|Bucket|node)|^google\.golang\.org/(grpc|protobuf)|` +
-		`^golang\.org/x/net|^runtime\.(gcBgMarkWorker|gcAssistAlloc|schedule|mallocgc)$|^encoding/|fdatasync|Fdatasync`}},
-}
-
-// top is what pprof says of a profile.
-func (v view) top(ctx context.Context, file string) (string, error) {
-	out, err := exec.CommandContext(ctx, "go", append(append([]string{"tool", "pprof", "-top"}, v.args...), file)...).Output()
+// pprof is what 'go tool pprof' says of a profile, without the lines that name the file.
+func pprof(ctx context.Context, file string, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", append(append([]string{"tool", "pprof"}, args...), file)...).Output()
 	if err != nil {
 		return "", fmt.Errorf("reading a profile: %w", err)
 	}
-	_, lines, ok := strings.Cut(string(out), "Showing nodes")
+	_, text, ok := strings.Cut(string(out), "\nDuration: ")
 	if !ok {
 		return "", fmt.Errorf("go tool pprof says %q", out)
 	}
-	return "Showing nodes" + lines, nil
+	_, text, _ = strings.Cut(text, "\n")
+	return text, nil
+}
+
+// part is a part of the work for a certificate: what has such a function in its stack, and belongs to none of the parts before.
+type part struct {
+	name    string
+	pattern *regexp.Regexp
+}
+
+var parts = []part{
+	{"garbage collection", regexp.MustCompile(`runtime\.(gc[A-Z]|bgsweep|bgscavenge|deductSweepCredit)`)},
+	{"TLS handshake", regexp.MustCompile(`crypto/tls\.\(\*Conn\)\.(H|h)andshake`)},
+	{"new connection, but its handshake", regexp.MustCompile(`grpc\.\(\*Server\)\.newHTTP2Transport|transport\.NewServerTransport$|net\.\(\*TCPListener\)|http2Server\)\.(Close|deleteStream)|net\.\(\*conn\)\.Close`)},
+	{"CSR: verify its signature", regexp.MustCompile(`CertificateRequest\)\.CheckSignature`)},
+	{"CSR: the rest", regexp.MustCompile(`kedge/ca\.(parseCSR|\(\*Granted\)\.ReadCSR)`)},
+	{"token: verify its signature", regexp.MustCompile(`crypto/rsa\.VerifyPKCS1v15`)},
+	{"token: the rest", regexp.MustCompile(`authn\.\(\*Authenticator\)\.token`)},
+	{"client certificate: verify it", regexp.MustCompile(`kedge/ca\.\(\*clientIssuers\)\.find`)},
+	{"client certificate: the rest", regexp.MustCompile(`kedge/ca\.\(\*ClientCertificates\)|ledger\.\(\*Ledger\)\.IssueState`)},
+	{"leaf: sign", regexp.MustCompile(`crypto/ecdsa\.\(\*PrivateKey\)\.Sign`)},
+	{"leaf: verify the new signature", regexp.MustCompile(`crypto/x509\.checkSignature`)},
+	{"leaf: the rest", regexp.MustCompile(`kedge/ca\.\(\*Prepared\)\.Sign`)},
+	{"ledger: fdatasync", regexp.MustCompile(`syscall\.Fdatasync`)},
+	{"ledger: the rest of a commit", regexp.MustCompile(`ledger\.\(\*Ledger\)\.write`)},
+	{"ledger: append", regexp.MustCompile(`ledger\.\(\*Ledger\)\.Append`)},
+	{"log", regexp.MustCompile(`log/slog\.`)},
+	{"metrics", regexp.MustCompile(`kedge/issuer/metrics\.`)},
+	{"the rest of Kedge", regexp.MustCompile(`kedge/`)},
+	{"gRPC: read", regexp.MustCompile(`http2Server\)\.HandleStreams`)},
+	{"gRPC: write", regexp.MustCompile(`transport\.\(\*loopyWriter\)`)},
+	{"gRPC: the rest", regexp.MustCompile(`google\.golang\.org/grpc`)},
+	{"Go's scheduler and the rest", regexp.MustCompile(``)},
+}
+
+// share is how much of a profile is in a part.
+type share struct {
+	name string
+	part float64
+}
+
+// classify sorts the stacks of 'go tool pprof -traces' into parts.
+func classify(traces string) ([]share, error) {
+	shares := make([]share, len(parts))
+	for i, p := range parts {
+		shares[i].name = p.name
+	}
+	var total float64
+	for _, stack := range strings.Split(traces, "-----------+-------------------------------------------------------\n") {
+		fields := strings.Fields(stack)
+		if len(fields) < 2 || !strings.HasSuffix(fields[0], "s") {
+			continue
+		}
+		took, err := time.ParseDuration(fields[0])
+		if err != nil {
+			return nil, fmt.Errorf("go tool pprof says %q: %w", stack, err)
+		}
+		total += took.Seconds()
+		for i, p := range parts {
+			if slices.ContainsFunc(fields[1:], p.pattern.MatchString) {
+				shares[i].part += took.Seconds()
+				break
+			}
+		}
+	}
+	if total == 0 {
+		return nil, errors.New("the profile has no sample")
+	}
+	for i := range shares {
+		shares[i].part /= total
+	}
+	slices.SortStableFunc(shares, func(a, b share) int { return cmp.Compare(b.part, a.part) })
+	return shares, nil
 }

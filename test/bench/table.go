@@ -150,6 +150,12 @@ func overloadTable(rounds []overloadRound) string {
 	return t.String()
 }
 
-func profileText(sc scenario, v view, lines string) string {
-	return fmt.Sprintf("### Profile of Kedge: %s, P-256, %s\n\n```\n%s```\n\n", sc.name, v.title, lines)
+func profileText(sc scenario, cost float64, shares []share, flat string) string {
+	t := newTable(fmt.Sprintf("Profile of Kedge: %s, P-256", sc.name), "what for | share | µs a certificate")
+	for _, s := range shares {
+		if s.part >= 0.0005 {
+			t.row("%s | %.1f %% | %.1f", s.name, 100*s.part, cost*s.part)
+		}
+	}
+	return fmt.Sprintf("%s\n```\n%s```\n\n", t.String(), flat)
 }

@@ -109,15 +109,29 @@ func begin(t *testing.T, caller *process.Caller, token string) grpc.ClientStream
 	return stream
 }
 
-// TestWhileItStopsItIsNotReadyAndWhatIsUnderWayIsAnswered, and no call holds it up for ever.
+// TestWhileItStopsItIsNotReadyAndWhatIsUnderWayIsAnswered: the disk is slowed down, so that a call is surely under way. One that is half sent is given up.
 func TestWhileItStopsItIsNotReadyAndWhatIsUnderWayIsAnswered(t *testing.T) {
 	t.Parallel()
 	cluster := process.NewCluster(t)
 	k := newCA(t, cluster, "")
 	k.Start(t)
 	ops, token := k.Status(t).OpsAddress, cluster.Token(t, "default", "web")
-	prompt, never := begin(t, k.Dial(t, nil), token), begin(t, k.Dial(t, nil), token)
-	stranger := k.Dial(t, nil)
+	half, stranger := begin(t, k.Dial(t, nil), token), k.Dial(t, nil)
+	tracer, err := trace(t, k, "--inject=fdatasync:delay_enter=3000000") // microseconds
+	if err != nil {
+		process.Impossible(t, "strace cannot attach", err)
+		return
+	}
+	left, answered, key := make(chan struct{}, 2), make(chan error, 1), process.NewKey(t)
+	caller := k.Dial(t, nil, grpc.WithStatsHandler(sent{left}))
+	go func() {
+		_, err := caller.Issue(context.Background(), key.CSR, token, 0)
+		answered <- err
+	}()
+	<-left
+	if _, err := caller.Health(t.Context()); err != nil { // the server reads a connection in order: it has taken up the call before this one
+		t.Fatal(err)
+	}
 	k.Terminate(t)
 	process.Eventually(t, "/readyz to say that it stops", func() error {
 		code, body, err := process.Fetch("http://" + ops + "/readyz")
@@ -126,23 +140,56 @@ func TestWhileItStopsItIsNotReadyAndWhatIsUnderWayIsAnswered(t *testing.T) {
 		}
 		return err
 	})
-	if _, err := stranger.Issue(t.Context(), process.NewKey(t).CSR, token, 0); status.Code(err) != codes.Unavailable {
+	if _, err := stranger.Issue(t.Context(), key.CSR, token, 0); status.Code(err) != codes.Unavailable {
 		t.Errorf("who comes now is told: %v", err)
 	}
-	if err := prompt.SendMsg(&pb.IstioCertificateRequest{Csr: process.NewKey(t).CSR}); err != nil {
-		t.Error(err)
-	}
-	var answer pb.IstioCertificateResponse
-	if err := prompt.RecvMsg(&answer); err != nil || len(answer.GetCertChain()) != 3 {
-		t.Errorf("a call that was under way: %v", err)
-	}
-	if err := never.RecvMsg(&answer); status.Code(err) != codes.Unavailable {
+	if err := half.RecvMsg(&pb.IstioCertificateResponse{}); status.Code(err) != codes.Unavailable {
 		t.Errorf("a call whose request never came: %v", err)
 	}
+	if err := <-answered; err != nil {
+		t.Errorf("a call that was under way: %v", err)
+	}
+	tracer.stop()
 	if code := k.Wait(t); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
+	if strings.Contains(k.Log(), "cut off") {
+		t.Errorf("something was cut off:\n%s", k.Log())
+	}
+}
+
+// TestACallThatTakesTooLongIsCutOffWhenItStops.
+func TestACallThatTakesTooLongIsCutOffWhenItStops(t *testing.T) {
+	t.Parallel()
+	cluster := process.NewCluster(t)
+	k := newCA(t, cluster, "")
+	process.Write(t, k.Config, strings.Replace(process.Read(t, k.Config), "csr: {", "csr: {callTimeout: 5m, maxConnectionAgeGrace: 10m, ", 1))
+	k.Start(t)
+	tracer, err := trace(t, k, "--inject=fdatasync:delay_enter=300000000") // microseconds: longer than anybody waits
+	if err != nil {
+		process.Impossible(t, "strace cannot attach", err)
+		return
+	}
+	left, answered := make(chan struct{}, 2), make(chan error, 1)
+	caller := k.Dial(t, nil, grpc.WithStatsHandler(sent{left}))
+	key, token := process.NewKey(t), cluster.Token(t, "default", "web")
+	go func() {
+		_, err := caller.Issue(context.Background(), key.CSR, token, 0)
+		answered <- err
+	}()
+	<-left
+	if _, err := caller.Health(t.Context()); err != nil { // it has been taken up
+		t.Fatal(err)
+	}
+	k.Terminate(t)
+	if err := <-answered; status.Code(err) != codes.Unavailable {
+		t.Errorf("the call that took too long: %v", err)
+	}
 	if !strings.Contains(k.Log(), "calls were cut off, since they took too long") {
 		t.Errorf("the log does not say that a call was cut off:\n%s", k.Log())
+	}
+	tracer.stop()
+	if code := k.Wait(t); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }

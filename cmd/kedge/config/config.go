@@ -10,7 +10,10 @@
 // Relative paths begin at the folder of the file; with no file, at the working folder. Secrets never stand in the file, only the
 // paths of the files that hold them.
 //
-// "kedge config check" says everything that is wrong with a file, and "kedge config print" shows what holds, defaults filled in.
+// Files that are named must be there, and be right, when Kedge starts: otherwise it refuses to, before it makes anything. Four may come later, as a
+// volume that is mounted then, since they are looked at again and again: jwksFile, bearerTokenFile, the folder archiveDir and the folder of highWaterFile.
+//
+// "kedge config check" says everything that is wrong with a file and with the files that it names, and "kedge config print" shows what holds, defaults filled in.
 package config
 
 // Load reads a file, Default is what holds without one, Validate judges either, and Print shows it. docs/configuration.md is
@@ -145,7 +148,8 @@ type IssuingCA struct {
 type Profile struct {
 	// How long a certificate lives when the caller does not say. When the file leaves it out: 24h, or maxTTL if that is shorter.
 	DefaultTTL Duration `yaml:"defaultTTL"`
-	// No certificate lives longer, whatever the caller asks for.
+	// No certificate lives longer from the time of issue on, whatever the caller asks for. The backdate comes before that: with the defaults notAfter is
+	// 24h and 1m after notBefore.
 	MaxTTL Duration `yaml:"maxTTL"`
 	// No certificate lives shorter: a caller that asks for less is refused, and when the issuing CA has less left nothing is issued. Below 5m
 	// there is a warning: agents renew at half of the lifetime, and a CA that is away for so long cuts them off.
@@ -154,7 +158,7 @@ type Profile struct {
 	// istio-agent, which asks for 24h unasked, gets no certificate until its SECRET_TTL is lowered.
 	OverMax string `yaml:"overMax"`
 	// How far notBefore lies before the time of issue, for verifiers whose clocks are late. At most 1h, and never more than a tenth
-	// of the certificate's lifetime.
+	// of the certificate's lifetime, to which it is added: a TTL counts from the time of issue.
 	Backdate Duration `yaml:"backdate"`
 	// Key types that are allowed besides RSA of 2048 to 4096 bits, P-256 and P-384: P-521, Ed25519.
 	ExtraKeys []string `yaml:"extraKeys"`

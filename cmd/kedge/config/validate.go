@@ -38,7 +38,7 @@ const (
 )
 
 // Validate says whether the values make sense, each by itself and together. It reads cfsslProfilesFile, and no other file that is
-// named: whether those are there is for "kedge doctor". Warnings are about what is allowed and rarely meant.
+// named: those are for whoever reads them. Warnings are about what is allowed and rarely meant.
 // The error is an *Error with everything that is wrong.
 func (c *Config) Validate() (warnings []string, err error) {
 	v := validation{}
