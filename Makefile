@@ -7,7 +7,7 @@ LDFLAGS := -X main.version=0.1.0-$(VERSION)
 BIN     := $(CURDIR)/bin/kedge
 GOTEST  := go test -race -timeout 14m
 
-.PHONY: help build demo test fuzz e2e crash lint docs bench clean packages
+.PHONY: help build demo test fuzz e2e crash soak lint docs bench clean packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -34,6 +34,9 @@ e2e: build ## against the real istio-agent and Istio's own client libraries
 
 crash: packages build ## kill -9 under load a thousand times, cut the power a thousand times: an hour; KEDGE_KILLS, KEDGE_CUTS
 	KEDGE_BIN=$(BIN) KEDGE_KILLS=$${KEDGE_KILLS:-1000} KEDGE_CUTS=$${KEDGE_CUTS:-1000} go test -race -count=1 -timeout 5h -v -run 'KillNine|PowerCut' ./test/crash/
+
+soak: build ## half the peak for an hour, with rotation, pruning and restarts: nothing goes on growing; KEDGE_SOAK=10m ('make test' has 20 s of it)
+	KEDGE_BIN=$(BIN) KEDGE_SOAK=$${KEDGE_SOAK:-1h} go test -count=1 -timeout 4h -v -run TestSoak ./test/crash/
 
 lint: ## formatting, vet, staticcheck, and that every page and generated file is up to date
 	@test/lint.sh

@@ -167,10 +167,3 @@ func TestAClockThatJumpsBackUnderLoad(t *testing.T) {
 	}
 	f.sound(t)
 }
-
-// TestAJumpOfTheMachinesClockIsSeen: with a monotonic reading two times are compared by that, as if the clock had not been set between them (package time).
-func TestAJumpOfTheMachinesClockIsSeen(t *testing.T) {
-	if now := ca.SystemClock().Wall(); now != now.Round(0) {
-		t.Errorf("%s has a monotonic reading", now)
-	}
-}

@@ -3,5 +3,6 @@
 // goes on by itself.
 //
 // KEDGE_KILLS sets how often TestKillNineUnderLoad kills it, KEDGE_CUTS how many power cuts each of the tests of those plays: 'make crash' plays a
-// thousand of both.
+// thousand of both. KEDGE_SOAK sets how long TestSoak lasts: an hour by 'make soak', and some seconds, enough for a few rotations and restarts, in
+// 'make test', since it needs nothing but the program.
 package crash
