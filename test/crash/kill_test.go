@@ -114,6 +114,7 @@ log: {level: warn}
 			start()
 			check()
 			begun := news(t, filepath.Join(k.Data, "keys"))
+			l.prove(t, k)
 			stop := l.start(t, k)
 			if next == "renewal" {
 				begun()

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -73,7 +74,11 @@ func (l *load) start(t *testing.T, k *process.Kedge) (stop func()) {
 		running.Go(func() {
 			caller, key, token := callers[i%connections], l.keys[i%len(l.keys)], l.tokens[i%len(l.tokens)]
 			if i%connections < len(l.proofs) {
-				token = "" // the connection's client certificate proves who asks
+				until := l.proofs[i%connections].Leaf.NotAfter.Add(-5 * time.Second)
+				for ctx.Err() == nil && time.Now().Before(until) {
+					l.ask(ctx, caller, key, "") // the connection's client certificate proves who asks
+				}
+				token = l.tokens[i%connections] // of the same one
 			}
 			for ctx.Err() == nil {
 				l.ask(ctx, caller, key, token)
@@ -107,10 +112,11 @@ func (l *load) ask(ctx context.Context, caller *process.Caller, key process.Key,
 	}
 }
 
-// prove gives some of the connections a client certificate from now on.
+// prove gives some of the connections a client certificate from now on, for as long as it is valid.
 func (l *load) prove(t *testing.T, k *process.Kedge) {
 	t.Helper()
 	caller := k.Dial(t, nil)
+	l.proofs = nil
 	for i := range connections / 2 {
 		key := process.NewKey(t)
 		issued, err := caller.Issue(t.Context(), key.CSR, l.tokens[i], 0)
