@@ -379,7 +379,7 @@ func TestOnlyANewOrEmptyFolderIsRestoredTo(t *testing.T) {
 		return
 	}
 	defer func() {
-		if err := unix.Unmount(path("mount"), 0); err != nil {
+		if err := unix.Unmount(path("mount"), unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	}()

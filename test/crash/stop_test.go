@@ -83,8 +83,11 @@ func TestStoppingUnderLoadLosesNothing(t *testing.T) {
 	cluster := process.NewCluster(t)
 	k := newCA(t, cluster, "log: {level: warn}\n")
 	l := newLoad(t, cluster)
-	for range 3 {
+	for i := range 3 {
 		k.Start(t)
+		if i == 1 {
+			l.prove(t, k) // half of the callers renew by client certificate from now on
+		}
 		stop := l.start(t, k)
 		l.await(t, 50)
 		k.Stop(t)
