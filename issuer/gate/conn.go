@@ -28,8 +28,8 @@ type conn struct {
 	inAll, inPeer *list.Element // while it is idle
 
 	// Of the goroutine that makes the handshake.
-	shaking  bool
-	holding  bool // it has a turn
+	shaking  bool // it had a turn already
+	holding  bool // it has one
 	patience time.Duration
 	received int
 	first    []byte // read already
@@ -46,7 +46,9 @@ func (c *conn) Close() error {
 func (c *conn) Read(into []byte) (int, error) {
 	if len(c.first) > 0 {
 		n := copy(into, c.first)
-		c.first = c.first[n:]
+		if c.first = c.first[n:]; len(c.first) == 0 {
+			c.first = nil // the connection may last, and be one of very many
+		}
 		return n, nil
 	}
 	if !c.shaking {
@@ -76,12 +78,17 @@ func (c *conn) wait(into []byte) (int, error) {
 
 var errGone = errors.New("the client went away while it waited for its turn")
 
-// take waits for a turn.
-func (c *conn) take() error {
+// take waits for a turn: a handshake that has begun goes on before others begin.
+func (c *conn) take() (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), handshakeWait)
 	defer cancel()
 	began := time.Now()
-	if err := c.gate.handshakes.take(ctx, c.key); err != nil {
+	if c.shaking {
+		err = c.gate.handshakes.again(ctx)
+	} else {
+		err = c.gate.handshakes.take(ctx, c.key)
+	}
+	if err != nil {
 		return fmt.Errorf("waiting for a turn behind other handshakes: %w", err)
 	}
 	c.holding = true

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,6 +38,7 @@ type port struct {
 
 	mu      sync.Mutex
 	counted map[string]int
+	steps   []string // of handshakes: "hello", and "proof" after it
 }
 
 type log struct {
@@ -112,8 +114,16 @@ func newPort(t *testing.T, o Options) *port {
 	p.roots.AddCert(cert)
 	o.Logger, o.Metrics = slog.New(slog.NewJSONHandler(p.log, nil)), p
 	p.gate = New(o)
+	step := func(name string) error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.steps = append(p.steps, name)
+		return nil
+	}
 	server := grpc.NewServer(grpc.Creds(p.gate.Credentials(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12, ClientAuth: tls.RequestClientCert,
-		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}))),
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return nil, step("hello") },
+		VerifyConnection:   func(tls.ConnectionState) error { return step("proof") },
+		Certificates:       []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}))),
 		grpc.StatsHandler(p.gate.Stats()), grpc.ChainUnaryInterceptor(p.gate.UnaryInterceptor), grpc.ChainStreamInterceptor(p.gate.StreamInterceptor))
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -210,6 +220,72 @@ func TestSlowClientsKeepNobodyWaiting(t *testing.T) {
 	}
 	p.call(t, "127.0.0.1")
 	p.call(t, "127.0.0.2") // not even their own neighbours
+}
+
+// slowTongue is a client's connection on which the second word waits.
+type slowTongue struct {
+	net.Conn
+	words atomic.Int64
+	about chan struct{} // closed when it is about to be said
+	speak chan struct{}
+}
+
+func (c *slowTongue) Write(word []byte) (int, error) {
+	if c.words.Add(1) == 2 {
+		close(c.about)
+		<-c.speak
+	}
+	return c.Conn.Write(word)
+}
+
+// A handshake that has begun is finished before others begin: its client has waited once already, and does not wait for a second time behind the crowd.
+func TestAHandshakeThatHasBegunGoesOnFirst(t *testing.T) {
+	t.Parallel()
+	p, hello := newPort(t, Options{}), clientHello(t)
+	take := func() {
+		if err := p.gate.handshakes.take(t.Context(), peerOf(nil)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waiting := func(n int) {
+		for p.gate.handshakes.length() != n {
+			runtime.Gosched()
+		}
+	}
+	for range runtime.GOMAXPROCS(0) {
+		take()
+	}
+	first := &slowTongue{Conn: p.dial(t, "127.0.0.1"), about: make(chan struct{}), speak: make(chan struct{})}
+	shaken := make(chan error, 1)
+	go func() {
+		shaken <- tls.Client(first, &tls.Config{RootCAs: p.roots, ServerName: "localhost", MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}}).HandshakeContext(t.Context())
+	}()
+	waiting(1)
+	p.gate.handshakes.give()
+	<-first.about
+	take() // once the server waits for the client
+	const crowd = 10
+	for i := range crowd {
+		if _, err := p.dial(t, fmt.Sprintf("127.0.1.%d", 1+i)).Write(hello); err != nil {
+			t.Fatal(err)
+		}
+		waiting(1 + i)
+	}
+	close(first.speak)
+	if err := <-shaken; err != nil {
+		t.Fatal(err)
+	}
+	waiting(crowd + 1)
+	p.gate.handshakes.give() // of one after the other
+	waiting(0)
+	for range runtime.GOMAXPROCS(0) - 1 {
+		p.gate.handshakes.give()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.steps) < 2 || p.steps[0] != "hello" || p.steps[1] != "proof" {
+		t.Errorf("the server went on in the order %v", p.steps)
+	}
 }
 
 // Whoever is too slow is disconnected, and the log says so.

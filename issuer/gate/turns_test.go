@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -64,6 +65,46 @@ func TestPeersTakeTurns(t *testing.T) {
 	}
 }
 
+// What has begun is finished before more is begun, so that a crowd is served one after the other and not all of it at its end.
+func TestWhoComesBackGoesFirst(t *testing.T) {
+	turns, served := newTurns(1, 100), make(chan netip.Prefix)
+	stranger, back := peerNamed("192.0.2.1"), peerNamed("192.0.2.2")
+	if err := turns.take(t.Context(), back); err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		queue(t, turns, t.Context(), stranger, served)
+	}
+	gaveUp, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := turns.again(gaveUp); !errors.Is(err, context.Canceled) {
+		t.Fatalf("error %v", err)
+	}
+	before := turns.length()
+	go func() {
+		if turns.again(t.Context()) == nil {
+			served <- back
+		}
+	}()
+	for turns.length() == before {
+		runtime.Gosched()
+	}
+	turns.give()
+	if first := <-served; first != back {
+		t.Errorf("%s went first", first)
+	}
+	for range 10 {
+		turns.give()
+		if next := <-served; next != stranger {
+			t.Errorf("%s had another turn", next)
+		}
+	}
+	turns.give()
+	if turns.free != 1 || turns.waiting != 0 {
+		t.Errorf("after all: %+v", turns)
+	}
+}
+
 // Whoever gives up takes nobody's turn, and none is lost, at whatever moment.
 func TestNoTurnIsLostWhenCallersGiveUp(t *testing.T) {
 	const slots, callers = 3, 64
@@ -78,7 +119,11 @@ func TestNoTurnIsLostWhenCallersGiveUp(t *testing.T) {
 				if n%3 == 0 {
 					go cancel()
 				}
-				if turns.take(ctx, peer) == nil {
+				take := func() error { return turns.take(ctx, peer) }
+				if n%5 == 0 {
+					take = func() error { return turns.again(ctx) }
+				}
+				if take() == nil {
 					now := at.Add(1)
 					for seen := most.Load(); now > seen && !most.CompareAndSwap(seen, now); seen = most.Load() {
 					}
