@@ -13,7 +13,12 @@ import (
 	"kedge/test/process"
 )
 
-func TestMain(m *testing.M) { os.Exit(process.Main(m)) }
+func TestMain(m *testing.M) {
+	if plays() {
+		return
+	}
+	os.Exit(process.Main(m))
+}
 
 // newBench is a run of a few calls, with servers and load on the same cores.
 func newBench(t *testing.T) *bench {
@@ -71,6 +76,30 @@ func TestTheRealProgramIsMeasured(t *testing.T) {
 	o := open(t.Context(), callers, 200, 200*time.Millisecond, patience, b.crowd.cycle())
 	if o.offered == 0 || len(o.answered) != o.offered || len(o.refused) != 0 {
 		t.Errorf("an open loop: %d of %d calls were answered, and refused were %v", len(o.answered), o.offered, o.refused)
+	}
+}
+
+// A herd in which nobody is lost and nobody is refused is seen as such.
+func TestAHerdIsServedAndCounted(t *testing.T) {
+	b := newBench(t)
+	b.herd = 50
+	dir := filepath.Join(b.dir, "kedge")
+	if _, err := fill(t.Context(), dataFolder(dir), 100); err != nil {
+		t.Fatal(err)
+	}
+	run, err := b.herdRun(t.Context(), func() (*server, error) { return b.startKedge(t.Context(), b.kedge, dir) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	issued, good := labelled(run.counted, "kedge_csr_requests_total")["issued"], labelled(run.counted, "kedge_handshakes_total")["good"]
+	if len(run.served.values) != b.herd || run.reports.Answers["OK"] != b.herd || int(issued) != b.herd || int(good) < b.herd {
+		t.Errorf("of %d agents %d were served, by %v answers; the server counted %g certificates and %g handshakes", b.herd, len(run.served.values), run.reports.Answers, issued, good)
+	}
+	if run.reports.Dials < b.herd || run.reports.Handshakes < b.herd || run.files < b.herd || run.rss[1] < run.rss[0] || run.cpu <= 0 {
+		t.Errorf("%+v, %d descriptors, %v MB, %g µs", run.reports, run.files, run.rss, run.cpu)
+	}
+	if text := herdTables([]*herdRun{run}); !strings.Contains(text, "OK 1.000") || strings.Contains(text, "NaN") {
+		t.Error(text)
 	}
 }
 

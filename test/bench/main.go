@@ -32,12 +32,13 @@ type settings struct {
 	open    time.Duration // of one measurement of latency
 	flood   time.Duration // of one measurement under overload
 	live    int           // records in the large ledger
+	herd    int           // agents that come at the same instant
 	profile time.Duration // of one profile
 }
 
 var (
-	full  = settings{rounds: 7, calls: 4000, open: 8 * time.Second, flood: 20 * time.Second, live: 1_000_000, profile: 15 * time.Second}
-	quick = settings{rounds: 2, calls: 600, open: 2 * time.Second, flood: 4 * time.Second, live: 50_000, profile: 3 * time.Second}
+	full  = settings{rounds: 7, calls: 4000, open: 8 * time.Second, flood: 20 * time.Second, live: 1_000_000, herd: 100_000, profile: 15 * time.Second}
+	quick = settings{rounds: 2, calls: 600, open: 2 * time.Second, flood: 4 * time.Second, live: 50_000, herd: 3_000, profile: 3 * time.Second}
 )
 
 // bench is one run.
@@ -59,12 +60,30 @@ type section struct {
 }
 
 var sections = []section{
-	{"cost", (*bench).costs}, {"size", (*bench).sizes}, {"latency", (*bench).latencies}, {"overload", (*bench).overload}, {"profile", (*bench).profiles},
+	{"cost", (*bench).costs}, {"size", (*bench).sizes}, {"latency", (*bench).latencies}, {"overload", (*bench).overload}, {"herd", (*bench).stampede}, {"profile", (*bench).profiles},
+}
+
+// plays is whether this process has a part in the measurement of another one, which it then has played.
+func plays() bool {
+	if len(os.Args) != 2 {
+		return false
+	}
+	switch os.Args[1] {
+	case bareVerb:
+		bare()
+	case agentsVerb:
+		if err := playAgents(); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: agents:", err)
+			os.Exit(1)
+		}
+	default:
+		return false
+	}
+	return true
 }
 
 func main() {
-	if len(os.Args) == 2 && os.Args[1] == bareVerb {
-		bare()
+	if plays() {
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -83,7 +102,8 @@ func run(ctx context.Context) (err error) {
 	short := flag.Bool("quick", false, "little of everything, to see that it works; the numbers say nothing")
 	rounds := flag.Int("rounds", 0, "how often each thing is measured")
 	calls := flag.Int("calls", 0, "calls in each measurement of the cost of a call")
-	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, profile")
+	agentCount := flag.Int("herd", 0, "agents that come at the same instant")
+	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, profile")
 	out := flag.String("out", "", "a page that gets the results, between its markers")
 	flag.StringVar(&b.keep, "profiles", "", "a folder that gets the profiles, for 'go tool pprof'")
 	flag.Parse()
@@ -96,6 +116,9 @@ func run(ctx context.Context) (err error) {
 	}
 	if *calls > 0 {
 		b.settings.calls = *calls
+	}
+	if *agentCount > 0 {
+		b.settings.herd = *agentCount
 	}
 	for _, path := range []*string{&b.kedge, &b.istio, &b.source} {
 		if *path, err = filepath.Abs(*path); err != nil {

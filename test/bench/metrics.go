@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"strconv"
@@ -59,18 +60,27 @@ func (h histogram) quantile(q float64) float64 {
 	return low
 }
 
-// commits scrapes /metrics.
-func (s *server) commits(ctx context.Context) (c commits, err error) {
+// scrape reads /metrics.
+func (s *server) scrape(ctx context.Context) (io.ReadCloser, error) {
 	ask, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.operations+"/metrics", nil)
 	if err != nil {
-		return c, err
+		return nil, err
 	}
 	response, err := http.DefaultClient.Do(ask)
 	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
+}
+
+// commits are those so far.
+func (s *server) commits(ctx context.Context) (c commits, err error) {
+	body, err := s.scrape(ctx)
+	if err != nil {
 		return c, err
 	}
-	defer response.Body.Close()
-	lines := bufio.NewScanner(response.Body)
+	defer body.Close()
+	lines := bufio.NewScanner(body)
 	for lines.Scan() {
 		for name, h := range map[string]*histogram{"kedge_ledger_commit_duration_seconds": &c.seconds, "kedge_ledger_commit_events": &c.events} {
 			rest, ok := strings.CutPrefix(lines.Text(), name)

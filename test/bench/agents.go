@@ -1,0 +1,270 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/structpb"
+	pb "istio.io/api/security/v1alpha1"
+)
+
+// agentsVerb is the argument that makes this program play istio-agents: it reads agentsOrder from its standard input, writes an empty agentsReport once
+// they are ready, reads the moment at which they begin (UNIX time in ns), and writes agentsReport when all of them have their certificates.
+const agentsVerb = "agents"
+
+// agentsOrder is what one process plays.
+type agentsOrder struct {
+	Address      string
+	Leaf         []byte        // the server's certificate, in DER
+	First, Count int           // which of the agents; each has an address of its own in 127.0.0.0/8
+	Tokens, CSRs []string      // the agent i brings the i-th, over and over
+	Patience     time.Duration // when it ends, whoever has no certificate until then
+}
+
+// agentsReport is how it went.
+type agentsReport struct {
+	Served     []time.Duration // since the beginning, of each agent that has its certificate
+	Dials      int             // connections that were begun
+	Handshakes int             // TLS handshakes that the client found complete
+	Answers    map[string]int  // of the calls, by code; also of those that never left the client, since there was no connection
+	Failure    string          // the text of an answer that was an error, as an example
+	CPU        time.Duration   // of this process, since the beginning
+}
+
+// The timing of an istio-agent; see docs/benchmarks.md for where it comes from.
+const (
+	attempts      = 5
+	attemptWait   = 100 * time.Millisecond
+	attemptJitter = 0.1
+	roundWait     = 500 * time.Millisecond
+	roundFactor   = 1.5
+	roundJitter   = 0.5
+	roundMost     = time.Minute
+)
+
+// repeated are the codes on which the agent's interceptor tries again.
+var repeated = []codes.Code{codes.Canceled, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Aborted, codes.Internal, codes.Unavailable}
+
+// agent asks for one certificate as an istio-agent does, until it has it.
+type agent struct {
+	herd    *agents
+	from    net.IP
+	request *pb.IstioCertificateRequest
+	token   bearer
+	conn    *grpc.ClientConn
+}
+
+// agents are those of this process.
+type agents struct {
+	agentsOrder
+	dials, handshakes atomic.Int64
+	hello             chan struct{} // whoever is about to send a ClientHello holds its one element
+
+	mu     sync.Mutex
+	report agentsReport
+}
+
+// bearer is what the agent's token provider is: credentials of each call.
+type bearer string
+
+func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return map[string]string{"authorization": "Bearer " + string(b)}, nil
+}
+
+func (bearer) RequireTransportSecurity() bool { return false }
+
+// agentCredentials count handshakes which are complete. One ClientHello at a time is made, so that what the server has answered is seen to
+// first: agents have a CPU of their own.
+type agentCredentials struct {
+	credentials.TransportCredentials
+	herd *agents
+}
+
+func (c agentCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	select {
+	case c.herd.hello <- struct{}{}:
+	case <-ctx.Done():
+		return nil, nil, ctx.Err()
+	}
+	said := sync.OnceFunc(func() { <-c.herd.hello })
+	defer said()
+	conn, info, err := c.TransportCredentials.ClientHandshake(ctx, authority, speaker{raw, said})
+	if err == nil {
+		c.herd.handshakes.Add(1)
+	}
+	return conn, info, err
+}
+
+func (c agentCredentials) Clone() credentials.TransportCredentials {
+	return agentCredentials{c.TransportCredentials.Clone(), c.herd}
+}
+
+// speaker is a connection that tells of its first words.
+type speaker struct {
+	net.Conn
+	said func()
+}
+
+func (s speaker) Write(text []byte) (int, error) {
+	defer s.said()
+	return s.Conn.Write(text)
+}
+
+// playAgents is what a process of agentsVerb does.
+func playAgents() error {
+	in, out := json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)
+	h := &agents{hello: make(chan struct{}, 1), report: agentsReport{Answers: map[string]int{}}}
+	if err := in.Decode(&h.agentsOrder); err != nil {
+		return fmt.Errorf("reading what to play: %w", err)
+	}
+	debug.SetGCPercent(200) // the generator's core is for agents
+	all := make([]*agent, h.Count)
+	for i := range all {
+		number := h.First + i
+		all[i] = &agent{herd: h, from: loopback(number), token: bearer(h.Tokens[number%len(h.Tokens)]), request: &pb.IstioCertificateRequest{
+			Csr: h.CSRs[number%len(h.CSRs)], ValidityDuration: validity,
+			Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{"CertSigner": structpb.NewStringValue("")}},
+		}}
+		if err := all[i].dial(); err != nil {
+			return err
+		}
+	}
+	if err := out.Encode(agentsReport{}); err != nil {
+		return err
+	}
+	var nanoseconds int64
+	if err := in.Decode(&nanoseconds); err != nil {
+		return fmt.Errorf("reading when to begin: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), h.Patience)
+	defer cancel()
+	began := time.Unix(0, nanoseconds)
+	<-time.After(time.Until(began))
+	cpu, err := cpuTime(os.Getpid())
+	if err != nil {
+		return err
+	}
+	var running sync.WaitGroup
+	for _, a := range all {
+		running.Go(func() {
+			if a.run(ctx) {
+				took := time.Since(began)
+				h.mu.Lock()
+				defer h.mu.Unlock()
+				h.report.Served = append(h.report.Served, took)
+			}
+		})
+	}
+	running.Wait()
+	if h.report.CPU, err = cpuTime(os.Getpid()); err != nil {
+		return err
+	}
+	h.report.CPU -= cpu
+	h.report.Dials, h.report.Handshakes = int(h.dials.Load()), int(h.handshakes.Load())
+	return out.Encode(h.report) // the connections are open until the process ends
+}
+
+// loopback is an address of the i-th agent.
+func loopback(i int) net.IP { return net.IPv4(127, byte(1+i>>16), byte(i>>8), byte(i)) }
+
+// dial prepares a connection with the options of the agent. It is made with the first call.
+func (a *agent) dial() (err error) {
+	config := &tls.Config{
+		MinVersion: tls.VersionTLS12, InsecureSkipVerify: true, //nolint:gosec // the certificate is compared with the one that was verified before
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &tls.Certificate{}, nil },
+		VerifyConnection: func(state tls.ConnectionState) error {
+			if !bytes.Equal(state.PeerCertificates[0].Raw, a.herd.Leaf) {
+				return errors.New("the server shows another certificate than before")
+			}
+			return nil
+		},
+	}
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: a.from}}
+	const window = 1 << 20
+	a.conn, err = grpc.NewClient("passthrough:///"+a.herd.Address,
+		grpc.WithTransportCredentials(agentCredentials{credentials.NewTLS(config), a.herd}),
+		grpc.WithPerRPCCredentials(a.token),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			a.herd.dials.Add(1)
+			return dialer.DialContext(ctx, "tcp", address)
+		}))
+	return err
+}
+
+// run asks until there is a certificate: that is whether there is one before ctx ends.
+func (a *agent) run(ctx context.Context) bool {
+	for wait := roundWait; ; wait = min(time.Duration(float64(wait)*roundFactor), roundMost) {
+		if a.sign(ctx) == nil {
+			return true
+		}
+		_ = a.conn.Close() // nothing is under way
+		if err := a.dial(); err != nil {
+			return false
+		}
+		a.conn.Connect()
+		if !pause(ctx, wait, roundJitter) {
+			return false
+		}
+	}
+}
+
+// sign is a call with the agent's interceptor around it.
+func (a *agent) sign(ctx context.Context) (err error) {
+	api := pb.NewIstioCertificateServiceClient(a.conn)
+	for attempt := range attempts {
+		if attempt > 0 && !pause(ctx, attemptWait<<(attempt-1), attemptJitter) {
+			return ctx.Err()
+		}
+		var answer *pb.IstioCertificateResponse
+		answer, err = api.CreateCertificate(metadata.AppendToOutgoingContext(ctx, "clusterid", "Kubernetes"), a.request)
+		a.herd.answered(err)
+		if err == nil && len(answer.GetCertChain()) < 2 {
+			return errors.New("the answer has no chain")
+		}
+		if err == nil || !slices.Contains(repeated, status.Code(err)) {
+			return err
+		}
+	}
+	return err
+}
+
+func (h *agents) answered(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.report.Answers[status.Code(err).String()]++
+	if err != nil {
+		h.report.Failure = err.Error()
+	}
+}
+
+// pause waits, more or less by a share of the time. It is false when ctx ended before.
+func pause(ctx context.Context, d time.Duration, jitter float64) bool {
+	select {
+	case <-time.After(time.Duration(float64(d) * (1 + jitter*(2*rand.Float64()-1)))):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
