@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 // Write puts data at path, mode 0600, and returns once it is on disk.
@@ -87,10 +88,11 @@ func MakeFolder(dir string) error {
 	case err != nil:
 		return fmt.Errorf("making the folder %s: %w", dir, err)
 	}
-	if err := SyncFolder(above); err != nil && !errors.Is(err, fs.ErrPermission) { // one that may not be read is somebody else's, and so are the names in it
-		return err
+	err = SyncFolder(above)
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EINVAL) { // it is somebody else's, as its names are; or of a file system that cannot do so
+		return nil
 	}
-	return nil
+	return err
 }
 
 // SyncFolder returns once the names in a folder are on disk.

@@ -121,8 +121,8 @@ func (r *recording) read(lines io.Reader) error {
 			c = &call{began: r.lines, at: time.Unix(s, us*1000)}
 			r.calls = append(r.calls, c)
 		}
-		if half_, yes := strings.CutSuffix(text, begun); yes {
-			open[thread] = half{c, half_}
+		if beginning, yes := strings.CutSuffix(text, begun); yes {
+			open[thread] = half{c, beginning}
 			continue
 		}
 		c.ended = r.lines
