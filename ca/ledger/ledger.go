@@ -138,6 +138,10 @@ func (l *Ledger) create() error {
 		if err := createStore(l.path, l.o.TrustDomain); err != nil {
 			return fmt.Errorf("making the ledger %s: %w", l.path, err)
 		}
+	default: // a first start was killed here: the ledger's name may not be on the disk yet, and must be before the folder counts as one that was in use
+		if err := syncDir(l.dir); err != nil {
+			return fmt.Errorf("making durable what a killed start left in %s: %w", l.dir, err)
+		}
 	}
 	return writeFormat(l.dir, l.o.ProgramVersion)
 }

@@ -20,7 +20,6 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/stats"
-	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/test/process"
 )
@@ -161,12 +160,22 @@ func TestNobodyHoldsUpAStop(t *testing.T) {
 // TestASecondSIGTERMEndsItAtOnce: a caller who began a call and does not send its request holds the first one up.
 func TestASecondSIGTERMEndsItAtOnce(t *testing.T) {
 	t.Parallel()
-	k := newCA(t, process.NewCluster(t), "")
+	cluster := process.NewCluster(t)
+	k := newCA(t, cluster, "")
 	k.Start(t)
-	caller := k.Dial(t, nil)
-	if _, err := caller.Conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, pb.IstioCertificateService_CreateCertificate_FullMethodName); err != nil {
-		t.Fatal(err)
+	tracer, err := trace(t, k, "--inject=fdatasync:delay_enter=5000000") // microseconds: a call is under way for long
+	if err != nil {
+		process.Impossible(t, "strace cannot attach", err)
+		return
 	}
+	left, ctx := make(chan struct{}, 2), t.Context()
+	caller, key, token := k.Dial(t, nil, grpc.WithStatsHandler(sent{left})), process.NewKey(t), cluster.Token(t, "default", "web")
+	asked := make(chan struct{})
+	go func() {
+		defer close(asked)
+		_, _ = caller.Issue(ctx, key.CSR, token, 0) // nobody is answered by a process that is killed
+	}()
+	<-left
 	if _, err := caller.Health(t.Context()); err != nil { // it has taken up the call before
 		t.Fatal(err)
 	}
@@ -187,6 +196,8 @@ func TestASecondSIGTERMEndsItAtOnce(t *testing.T) {
 	if code := k.Wait(t); code != -1 {
 		t.Errorf("it ended with exit code %d, and not by the signal\n%s", code, k.Log())
 	}
+	<-asked
+	tracer.stop()
 	k.Start(t) // nothing that it left behind is in the way
 	k.CheckLedger(t, nil)
 }
