@@ -46,9 +46,8 @@ const (
 	hello     = 2 << 10 // octets of the first read; a ClientHello with a post-quantum key share has about 1,800
 	// maxHandshake is how much a client may send in a handshake, in octets: room for a chain of ten RSA-4096 certificates.
 	maxHandshake = 64 << 10
-	// handshakeWait is how long a handshake may wait for its turn. gRPC clients give up after 20 s, of which some may have passed before the connection
-	// was accepted, and dial again. What is begun later than that is work for somebody who will be gone when it is done.
-	handshakeWait = 15 * time.Second
+	// handshakeWait is how long a handshake may wait for its turn. gRPC clients give up after 20 s and dial again.
+	handshakeWait = 30 * time.Second
 	// mostArriving is how many requests may be half sent, so that a flood of them takes a bounded part of the memory.
 	mostArriving = 2048
 )
