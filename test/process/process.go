@@ -256,10 +256,10 @@ func (k *Kedge) Kill(t testing.TB) {
 }
 
 func (k *Kedge) kill() {
-	if k.command == nil {
+	if k.command == nil || k.Ended() { // its id may be somebody else's by now
 		return
 	}
-	_ = syscall.Kill(-k.command.Process.Pid, syscall.SIGKILL) // fails when it has ended by itself
+	_ = syscall.Kill(-k.command.Process.Pid, syscall.SIGKILL) // fails when it is just ending by itself
 	<-k.ended
 }
 
