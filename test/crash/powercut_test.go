@@ -101,8 +101,8 @@ func cuts(t *testing.T, usual int) int {
 }
 
 // TestAPowerCutLosesNothingThatWasAcknowledged plays cuts at many moments of a CA's work, which was recorded: while it issues, archives, prunes and renews its
-// issuing CA, and is killed now and then, after which it goes on from what the kernel has and the disk may not. Each time the ledger opens, has all that was
-// acknowledged until the cut, is sound, and takes more.
+// issuing CA, and is killed now and then or has an fsync fail, after which it goes on from what the kernel has and the disk may not. Each time the ledger opens, has all
+// that was acknowledged until the cut, is sound, and takes more.
 func TestAPowerCutLosesNothingThatWasAcknowledged(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("strace"); err != nil {
@@ -147,6 +147,17 @@ func cutsOfLives(t *testing.T, old int) {
 			t.Fatal("no life of the CA ended between the two writes of a commit's last step")
 		}
 	}
+	r.live(t, k, func() {
+		k.Start(t)
+		got.until(t, k, cluster, func() error {
+			if !strings.Contains(k.Log(), "the ledger is faulted") {
+				return errors.New("no fsync has failed yet")
+			}
+			return nil
+		})
+		got.until(t, k, cluster, got.more(50))
+		signalled(t, k, syscall.SIGTERM)
+	}, "--inject=fdatasync:error=EIO:when=20..21")
 	r.live(t, k, func() {
 		k.Start(t)
 		got.until(t, k, cluster, got.more(100))

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -88,7 +89,7 @@ func TestStoppingUnderLoadLosesNothing(t *testing.T) {
 			l.prove(t, k) // half of the callers renew by client certificate from now on
 		}
 		stop := l.start(t, k)
-		l.await(t, 50)
+		l.await(t, 1+rand.Int64N(100))
 		k.Stop(t)
 		stop()
 		if _, err := os.Stat(filepath.Join(k.Data, "admin.sock")); !os.IsNotExist(err) {
