@@ -61,6 +61,13 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
 // openKey fetches the authority's key and makes sure that it is the one that was certified.
 func (a *authority) openKey(ctx context.Context, keys KeyStore) error {
 	key, err := keys.Open(ctx, a.record.KeyRef)

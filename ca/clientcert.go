@@ -8,9 +8,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
+	"weak"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -26,6 +29,14 @@ type ClientCertificates struct {
 	ledger  *ledger.Ledger
 	now     func() time.Time
 	issuers atomic.Pointer[clientIssuers]
+	judged  sync.Map // *judged by weak.Pointer[x509.Certificate]: what was found of certificates that somebody still has in memory
+}
+
+// judged is what was found of a certificate and does not change while the same issuing CAs count: its form, its signature, and what the ledger recorded of it.
+type judged struct {
+	proven      ClientCertificate // at no particular time
+	under       *clientIssuers
+	from, until time.Time // in which the certificate and its issuer are valid (RFC 5280 4.1.2.5)
 }
 
 // clientIssuers are the CA certificates whose leaves may be callers, and the keys whose signatures prove nothing.
@@ -53,6 +64,8 @@ type ClientCertificate struct {
 	Number uint64        // of its Issue event; 0: the ledger has none
 	Serial ledger.Serial
 	Own    bool // this CA issued it
+
+	token string // id of the join token that it was issued for; "": none
 }
 
 // Limits on what a caller may present.
@@ -107,39 +120,100 @@ func taintedKeys(records []ledger.AuthorityRecord) map[ledger.Hash]ledger.Hash {
 
 // Verify judges the certificate at this moment; errors are ErrUnauthenticated, or ErrUnavailable when the ledger cannot be read. Only the leaf
 // counts: what a caller sends along is not looked at. That the caller has the leaf's key is for the TLS handshake to see to.
+//
+// Of a leaf that is the same variable as at an earlier call, as it is over the life of a TLS connection, the signature is not verified once more: what is
+// looked at each time is what may have changed, the time, the issuing CAs that count, revocation and supersession.
 func (c *ClientCertificates) Verify(ctx context.Context, chain []*x509.Certificate) (ClientCertificate, error) {
-	refuse := func(format string, args ...any) (ClientCertificate, error) {
-		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate"+format, args...))
-	}
 	if len(chain) == 0 || len(chain) > maxClientChain {
-		return refuse(": there are %d certificates, and 1 to %d are looked at", len(chain), maxClientChain)
+		return ClientCertificate{}, unproven(": there are %d certificates, and 1 to %d are looked at", len(chain), maxClientChain)
 	}
-	leaf := chain[0]
+	leaf, now := chain[0], c.now()
+	found := c.recall(leaf, now)
+	if found == nil {
+		var err error
+		if found, err = c.judge(ctx, leaf, now); err != nil {
+			return ClientCertificate{}, err
+		}
+		c.remember(leaf, found)
+	}
+	if err := c.stands(found.proven); err != nil {
+		return ClientCertificate{}, err
+	}
+	proven := found.proven
+	proven.Proof.Time = ledger.At(now)
+	return proven, nil
+}
+
+// recall finds what was found of a certificate before, if that still holds. It may be nil.
+func (c *ClientCertificates) recall(leaf *x509.Certificate, now time.Time) *judged {
+	value, ok := c.judged.Load(weak.Make(leaf))
+	if !ok {
+		return nil
+	}
+	found := value.(*judged)
+	if found.under != c.issuers.Load() || now.Before(found.from) || now.After(found.until) {
+		return nil
+	}
+	return found
+}
+
+// remember keeps what was found of a certificate for as long as somebody has it in memory.
+func (c *ClientCertificates) remember(leaf *x509.Certificate, found *judged) {
+	key := weak.Make(leaf)
+	if _, there := c.judged.Swap(key, found); !there {
+		runtime.AddCleanup(leaf, func(key weak.Pointer[x509.Certificate]) { c.judged.Delete(key) }, key)
+	}
+}
+
+// judge looks at what does not change: form, signature, and what the ledger recorded.
+func (c *ClientCertificates) judge(ctx context.Context, leaf *x509.Certificate, now time.Time) (*judged, error) {
 	id, err := c.checkForm(leaf)
 	if err != nil {
-		return refuse(" with serial %.130x: %w", leaf.SerialNumber, err)
+		return nil, unproven(" with serial %.130x: %w", leaf.SerialNumber, err)
 	}
-	serial, now, issuers := ledger.Serial(leaf.SerialNumber.Bytes()), c.now(), c.issuers.Load()
+	serial, issuers := ledger.Serial(leaf.SerialNumber.Bytes()), c.issuers.Load()
 	issuer, err := issuers.find(leaf, now)
 	if err != nil {
-		return refuse(" %s of %s: %w", serial, id, err)
+		return nil, unproven(" %s of %s: %w", serial, id, err)
 	}
-	revoked, err := c.ledger.Revoked(serial)
+	found := &judged{
+		proven: ClientCertificate{
+			ID: id, Serial: serial, Own: issuer.own,
+			Proof:  ledger.Proof{Method: MethodClientCertificate, Issuer: issuer.id.String(), Subject: serial.String()},
+			Holder: ledger.Holder{Kind: "lineage", ID: serial.String()},
+		},
+		under: issuers, from: later(leaf.NotBefore, issuer.cert.NotBefore), until: earlier(leaf.NotAfter, issuer.cert.NotAfter),
+	}
+	if issuer.own {
+		err = c.lineage(ctx, leaf, &found.proven, issuers.know(issuer.key, ledger.At(leaf.NotBefore)))
+	}
+	return found, err
+}
+
+// stands looks at what may change: a certificate may be revoked or superseded at any moment.
+func (c *ClientCertificates) stands(proven ClientCertificate) error {
+	revoked, err := c.ledger.Revoked(proven.Serial)
 	if err != nil {
-		return ClientCertificate{}, Unavailable(fmt.Errorf("looking for a revocation of client certificate %s: %w", serial, err))
+		return Unavailable(fmt.Errorf("looking for a revocation of client certificate %s: %w", proven.Serial, err))
 	}
 	if revoked {
-		return refuse(" %s of %s is revoked", serial, id)
+		return unproven(" %s of %s is revoked", proven.Serial, proven.ID)
 	}
-	proven := ClientCertificate{
-		ID: id, Serial: serial, Own: issuer.own,
-		Proof:  ledger.Proof{Method: MethodClientCertificate, Issuer: issuer.id.String(), Subject: serial.String(), Time: ledger.At(now)},
-		Holder: ledger.Holder{Kind: "lineage", ID: serial.String()},
+	if proven.Number == 0 {
+		return nil // the ledger has no record of it
 	}
-	if !issuer.own {
-		return proven, nil
+	state, err := c.ledger.IssueState(proven.Number)
+	if err != nil {
+		return Unavailable(fmt.Errorf("looking up whether client certificate %s is superseded: %w", proven.Serial, err))
 	}
-	return c.lineage(ctx, leaf, proven, issuers.know(issuer.key, ledger.At(leaf.NotBefore)))
+	if state.Superseded {
+		return superseded(proven)
+	}
+	return nil
+}
+
+func unproven(format string, args ...any) error {
+	return Unauthenticated(fmt.Errorf("client certificate"+format, args...))
 }
 
 // issuedBackdate is about how far before its signing a certificate's notBefore lies: a hint for the search in the ledger.
@@ -147,47 +221,40 @@ const issuedBackdate = time.Minute
 
 // lineage adds what the ledger knows of a certificate that one of our issuing CAs signed. must says that it knows of every one: what it does not know
 // of then was not issued here. An unexpired certificate is never pruned.
-func (c *ClientCertificates) lineage(ctx context.Context, leaf *x509.Certificate, proven ClientCertificate, must bool) (ClientCertificate, error) {
+func (c *ClientCertificates) lineage(ctx context.Context, leaf *x509.Certificate, proven *ClientCertificate, must bool) error {
 	backdate := min(issuedBackdate, leaf.NotAfter.Sub(leaf.NotBefore)/11) // it is a tenth of what comes after it at most, see Profile.Backdate
 	event, err := c.ledger.FindIssue(ctx, proven.Serial, leaf.NotBefore.Add(backdate))
 	if errors.Is(err, ledger.ErrNotFound) && must {
-		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %s of %s is not in the ledger, which has every certificate of the issuing CA %s: "+
+		return unproven(" %s of %s is not in the ledger, which has every certificate of the issuing CA %s: "+
 			"somebody else signs with its key, or the data folder was put back to an earlier state. Find out which; a stolen key is for 'kedge authority taint'",
-			proven.Serial, proven.ID, proven.Proof.Issuer))
+			proven.Serial, proven.ID, proven.Proof.Issuer)
 	}
 	if errors.Is(err, ledger.ErrNotFound) {
-		return proven, nil // of a time, or of somebody, that the ledger knows nothing of
+		return nil // of a time, or of somebody, that the ledger knows nothing of
 	}
 	if err != nil {
-		return ClientCertificate{}, Unavailable(fmt.Errorf("looking client certificate %s up in the ledger: %w", proven.Serial, err))
+		return Unavailable(fmt.Errorf("looking client certificate %s up in the ledger: %w", proven.Serial, err))
 	}
 	issue, ok := event.Body.(*ledger.Issue)
 	if !ok || issue.Certificate != sha256.Sum256(leaf.Raw) {
-		return ClientCertificate{}, Unauthenticated(fmt.Errorf("client certificate %s of %s is not the one that number %d in the ledger records under this serial: "+
-			"somebody else signs with the key of an issuing CA; find out who, and replace that CA", proven.Serial, proven.ID, event.Number))
+		return unproven(" %s of %s is not the one that number %d in the ledger records under this serial: "+
+			"somebody else signs with the key of an issuing CA; find out who, and replace that CA", proven.Serial, proven.ID, event.Number)
 	}
-	state, err := c.ledger.IssueState(event.Number)
-	if err != nil {
-		return ClientCertificate{}, Unavailable(fmt.Errorf("looking up whether client certificate %s is superseded: %w", proven.Serial, err))
-	}
-	if state.Superseded {
-		return ClientCertificate{}, superseded(proven.Serial, proven.ID.String(), event.Number, issue.Token)
-	}
-	proven.Number, proven.Holder, proven.First = event.Number, issue.Holder, issue.FirstProof
+	proven.Number, proven.Holder, proven.First, proven.token = event.Number, issue.Holder, issue.FirstProof, issue.Token
 	proven.Proof.Issuer = issue.Authority.String() // of several with one key and name, the one that it was
 	// Without a FirstProof the lineage began with this issue, unless that itself was for a certificate of which nothing was known.
 	if proven.First == nil && len(issue.Proofs) > 0 && issue.Proofs[0].Method != MethodClientCertificate {
 		proven.First = &issue.Proofs[0]
 	}
-	return proven, nil
+	return nil
 }
 
 // superseded is the refusal of a certificate whose single-use join token was redeemed again. A machine redeems it again when it did not get the response: who
 // shows that certificate all the same is somebody else, or somebody else redeemed the token.
-func superseded(serial ledger.Serial, id string, number uint64, token string) error {
-	return Unauthenticated(fmt.Errorf("client certificate %s of %s, number %d in the ledger, is superseded: its join token %q was redeemed again, as by a machine "+
+func superseded(c ClientCertificate) error {
+	return unproven(" %s of %s, number %d in the ledger, is superseded: its join token %q was redeemed again, as by a machine "+
 		"that never got it. But somebody has it, so two parties used one token. 'kedge ledger list --type issue --spiffe-id %s' shows what they got and 'kedge ledger show' "+
-		"from where; revoke what a stranger has with 'kedge svid revoke --lineage': %w", serial, id, number, token, id, ledger.ErrSuperseded))
+		"from where; revoke what a stranger has with 'kedge svid revoke --lineage': %w", c.Serial, c.ID, c.Number, c.token, c.ID, ledger.ErrSuperseded)
 }
 
 // checkForm checks that a certificate is an X.509-SVID leaf (X509-SVID 2, 4 and 5.2) for client authentication, and of our trust domain.

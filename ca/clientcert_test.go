@@ -15,9 +15,11 @@ import (
 	"math/big"
 	"net/url"
 	"reflect"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -42,7 +44,7 @@ type signingCA struct {
 
 var callersTD = spiffeid.RequireTrustDomainFromString("example.org")
 
-func newCallers(t *testing.T) *callers {
+func newCallers(t testing.TB) *callers {
 	t.Helper()
 	c := &callers{now: time.Now().Truncate(time.Second)}
 	c.root = c.newCA(t, "root", signingCA{}, nil)
@@ -77,7 +79,7 @@ func (c *callers) count(own []*authority, others ...*x509.Certificate) {
 	c.verifier.setAuthorities(own, others, taintedKeys(records))
 }
 
-func (c *callers) append(t *testing.T, event ledger.Body) uint64 {
+func (c *callers) append(t testing.TB, event ledger.Body) uint64 {
 	t.Helper()
 	number, err := c.book.Append(t.Context(), event)
 	if err != nil {
@@ -93,7 +95,7 @@ func (c *callers) authority(of signingCA, tainted bool) *authority {
 	return &authority{cert: of.cert, record: record}
 }
 
-func (c *callers) newCA(t *testing.T, name string, parent signingCA, key crypto.Signer) signingCA {
+func (c *callers) newCA(t testing.TB, name string, parent signingCA, key crypto.Signer) signingCA {
 	t.Helper()
 	if key == nil {
 		key = newECKey(t)
@@ -108,7 +110,7 @@ func (c *callers) newCA(t *testing.T, name string, parent signingCA, key crypto.
 	return signingCA{c.sign(t, template, issuer, key.Public(), signer), key}
 }
 
-func (c *callers) sign(t *testing.T, template, parent *x509.Certificate, pub crypto.PublicKey, signer crypto.Signer) *x509.Certificate {
+func (c *callers) sign(t testing.TB, template, parent *x509.Certificate, pub crypto.PublicKey, signer crypto.Signer) *x509.Certificate {
 	t.Helper()
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, pub, signer)
 	if err != nil {
@@ -131,7 +133,7 @@ func newECKey(t testing.TB) crypto.Signer {
 }
 
 // template is a good leaf, signed a moment ago.
-func (c *callers) template(t *testing.T) *x509.Certificate {
+func (c *callers) template(t testing.TB) *x509.Certificate {
 	t.Helper()
 	serial := make([]byte, 16)
 	rand.Read(serial)
@@ -143,7 +145,7 @@ func (c *callers) template(t *testing.T) *x509.Certificate {
 	}
 }
 
-func mustURL(t *testing.T, text string) *url.URL {
+func mustURL(t testing.TB, text string) *url.URL {
 	t.Helper()
 	u, err := url.Parse(text)
 	if err != nil {
@@ -152,7 +154,7 @@ func mustURL(t *testing.T, text string) *url.URL {
 	return u
 }
 
-func (c *callers) leaf(t *testing.T, by signingCA, change func(*x509.Certificate)) *x509.Certificate {
+func (c *callers) leaf(t testing.TB, by signingCA, change func(*x509.Certificate)) *x509.Certificate {
 	t.Helper()
 	template := c.template(t)
 	if change != nil {
@@ -162,7 +164,7 @@ func (c *callers) leaf(t *testing.T, by signingCA, change func(*x509.Certificate
 }
 
 // record puts the leaf into the ledger, as issuing it would.
-func (c *callers) record(t *testing.T, leaf *x509.Certificate, change func(*ledger.Issue)) uint64 {
+func (c *callers) record(t testing.TB, leaf *x509.Certificate, change func(*ledger.Issue)) uint64 {
 	t.Helper()
 	issue := &ledger.Issue{Serial: leaf.SerialNumber.Bytes(), Certificate: sha256.Sum256(leaf.Raw), SPIFFEID: "spiffe://example.org/ns/prod/sa/web",
 		NotBefore: ledger.At(leaf.NotBefore), NotAfter: ledger.At(leaf.NotAfter), Authority: AuthorityID(c.own.cert), Chain: ledger.ChainHash([][]byte{c.own.cert.Raw}),
@@ -397,6 +399,74 @@ func TestARevokedCertificateAuthenticatesNobody(t *testing.T) {
 		}
 		c.append(t, &ledger.Revoke{Serial: leaf.SerialNumber.Bytes(), NotAfter: ledger.At(leaf.NotAfter), By: "admin"})
 		c.refused(t, "is revoked", leaf)
+	}
+}
+
+// TestWhatWasFoundOfACertificateCountsAsLongAsItHolds shows one and the same certificate again and again, as a TLS connection does.
+func TestWhatWasFoundOfACertificateCountsAsLongAsItHolds(t *testing.T) {
+	c := newCallers(t)
+	began, own := c.now, []*authority{c.authority(c.own, false)}
+	leaf := c.leaf(t, c.own, func(l *x509.Certificate) { l.NotAfter = began.Add(72 * time.Hour) }) // its issuer has 48
+	c.record(t, leaf, nil)
+	good := func() {
+		t.Helper()
+		got, err := c.verify(leaf)
+		if err != nil || got.Proof.Time != ledger.At(c.now) {
+			t.Fatalf("at %s: got %+v, %v", c.now, got, err)
+		}
+	}
+	good()
+	found, _ := c.verifier.judged.Load(weak.Make(leaf))
+	c.now = began.Add(time.Hour)
+	good()
+	if again, _ := c.verifier.judged.Load(weak.Make(leaf)); again == nil || again != found {
+		t.Error("it was judged anew, though nothing had changed")
+	}
+
+	c.now = began.Add(49 * time.Hour)
+	c.refused(t, "does not verify under the issuing CA", leaf)
+	c.now = began.Add(-2 * time.Minute) // before the leaf
+	c.refused(t, "does not verify under the issuing CA", leaf)
+	c.now = began
+	good()
+	c.count(nil)
+	c.refused(t, "none of the issuing CAs that count", leaf)
+	c.count([]*authority{c.authority(c.own, true)})
+	c.refused(t, "is tainted", leaf)
+	c.count(own)
+	good()
+	c.append(t, &ledger.Revoke{Serial: leaf.SerialNumber.Bytes(), NotAfter: ledger.At(leaf.NotAfter), By: "admin"})
+	c.refused(t, "is revoked", leaf)
+}
+
+func TestWhatWasFoundOfACertificateGoesWithIt(t *testing.T) {
+	c := newCallers(t)
+	if _, err := c.verify(c.leaf(t, c.own, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for there := true; there; { // until the test's own time is up
+		runtime.GC()
+		there = false
+		c.verifier.judged.Range(func(any, any) bool { there = true; return false })
+	}
+}
+
+// BenchmarkAClientCertificate is of one that a connection shows for the first time, and again.
+func BenchmarkAClientCertificate(b *testing.B) {
+	c := newCallers(b)
+	leaf := c.leaf(b, c.own, nil)
+	c.record(b, leaf, nil)
+	for _, name := range []string{"first", "again"} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if name == "first" {
+					c.verifier.judged.Clear()
+				}
+				if _, err := c.verify(leaf); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 

@@ -308,7 +308,8 @@ func TestACertificateThatIsSupersededWhileItAsksGetsNothing(t *testing.T) {
 	byToken := caller
 	byToken.JoinToken = "t"
 	first := f.mustIssue(t, byToken, 0)
-	proven, err := f.present(t, first)
+	connection := []*x509.Certificate{parse(t, first.DER)} // what was found of its certificate is remembered
+	proven, err := f.ca.ClientCertificates().Verify(t.Context(), connection)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -321,8 +322,11 @@ func TestACertificateThatIsSupersededWhileItAsksGetsNothing(t *testing.T) {
 	if head := f.ledger.Head().Number; head != second.Number {
 		t.Errorf("something was recorded: %d events after %d", head, second.Number)
 	}
-	if _, err := f.present(t, first); !errors.Is(err, ca.ErrUnauthenticated) || !strings.Contains(err.Error(), "is superseded") {
+	if _, err := f.ca.ClientCertificates().Verify(t.Context(), connection); !errors.Is(err, ca.ErrUnauthenticated) || !strings.Contains(err.Error(), `token "t"`) {
 		t.Errorf("once more: %v", err)
+	}
+	if _, err := f.present(t, first); !errors.Is(err, ca.ErrUnauthenticated) || !strings.Contains(err.Error(), "is superseded") {
+		t.Errorf("over a connection of its own: %v", err)
 	}
 	if _, err := f.present(t, second); err != nil {
 		t.Error(err)
