@@ -43,7 +43,7 @@ func TestTheRealProgramIsMeasured(t *testing.T) {
 	b := newBench(t)
 	const records = 300
 	dir := filepath.Join(b.dir, "kedge")
-	certificates, err := fill(t.Context(), dataFolder(dir), records)
+	certificates, err := fill(t.Context(), dataFolder(dir), records, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func TestAHerdIsServedAndCounted(t *testing.T) {
 	b := newBench(t)
 	b.herd = 50
 	dir := filepath.Join(b.dir, "kedge")
-	if _, err := fill(t.Context(), dataFolder(dir), 100); err != nil {
+	if _, err := fill(t.Context(), dataFolder(dir), 100, 0); err != nil {
 		t.Fatal(err)
 	}
 	run, err := b.herdRun(t.Context(), func() (*server, error) { return b.startKedge(t.Context(), b.kedge, dir) })
@@ -106,7 +106,7 @@ func TestAHerdIsServedAndCounted(t *testing.T) {
 func TestPruningLeavesTheCallersAndLessThanHalf(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	const records = 2000
-	if _, err := fill(t.Context(), dir, records); err != nil {
+	if _, err := fill(t.Context(), dir, records, 0); err != nil {
 		t.Fatal(err)
 	}
 	left, err := prune(t.Context(), dir)

@@ -43,7 +43,7 @@ type herdRun struct {
 // stampede lets very many agents come at the same instant, as after a change of the root that reaches them by xDS.
 func (b *bench) stampede(ctx context.Context) (string, error) {
 	kedgeDir, istioDir := filepath.Join(b.dir, "herd-kedge"), filepath.Join(b.dir, "herd-istio")
-	if _, err := fill(ctx, dataFolder(kedgeDir), smallLedger); err != nil {
+	if _, err := fill(ctx, dataFolder(kedgeDir), smallLedger, 0); err != nil {
 		return "", err
 	}
 	if err := b.prepareIstio(istioDir); err != nil {
