@@ -1,7 +1,11 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
+	"errors"
 	"math"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -100,6 +104,35 @@ func TestAHerdIsServedAndCounted(t *testing.T) {
 	}
 	if text := herdTables([]*herdRun{run}); !strings.Contains(text, "OK 1.000") || strings.Contains(text, "NaN") {
 		t.Error(text)
+	}
+}
+
+// Whoever ends the run does not wait for a herd that is not served.
+func TestAHerdEndsWithTheRun(t *testing.T) {
+	b := newBench(t)
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	crew, err := b.playAgents(ctx, agentsOrder{Address: silent.Addr().String(), Count: 1, Tokens: b.crowd.tokens, CSRs: b.crowd.csrs[keyP256], Patience: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer crew.end()
+	if err := errors.Join(crew.out.Decode(&agentsReport{}), json.NewEncoder(crew.in).Encode(time.Now().UnixNano())); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := silent.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	cancel()
+	if err := crew.out.Decode(&agentsReport{}); err == nil {
+		t.Error("an agent that nobody answers reports")
 	}
 }
 

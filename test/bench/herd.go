@@ -88,7 +88,7 @@ func (b *bench) herdRun(ctx context.Context, start func() (*server, error)) (run
 		}
 	}()
 	for first := 0; first < b.herd; first += agentsAProcess {
-		c, err := b.playAgents(agentsOrder{Address: s.address, Leaf: leaf, First: first, Count: min(agentsAProcess, b.herd-first),
+		c, err := b.playAgents(ctx, agentsOrder{Address: s.address, Leaf: leaf, First: first, Count: min(agentsAProcess, b.herd-first),
 			Tokens: b.crowd.tokens, CSRs: b.crowd.csrs[keyP256], Patience: herdPatience})
 		if err != nil {
 			return nil, err
@@ -172,13 +172,13 @@ type agentsProcess struct {
 	out     *json.Decoder
 }
 
-// playAgents starts it, on the generator's core.
-func (b *bench) playAgents(order agentsOrder) (*agentsProcess, error) {
+// playAgents starts it, on the generator's core. It is killed when ctx ends, and reports nothing more.
+func (b *bench) playAgents(ctx context.Context, order agentsOrder) (*agentsProcess, error) {
 	program, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	p := &agentsProcess{command: exec.Command(program, agentsVerb)}
+	p := &agentsProcess{command: exec.CommandContext(ctx, program, agentsVerb)}
 	p.command.Stderr = os.Stderr
 	if p.in, err = p.command.StdinPipe(); err != nil {
 		return nil, err

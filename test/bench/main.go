@@ -152,7 +152,7 @@ func run(ctx context.Context) (err error) {
 		}
 		text, err := s.run(b, ctx)
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			return fmt.Errorf("%s: %w", s.name, errors.Join(context.Cause(ctx), err)) // a signal, if it was one, says why
 		}
 		fmt.Println(text)
 		texts = append(texts, text)
