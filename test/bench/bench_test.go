@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/rsa"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"math"
 	"net"
@@ -14,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/ca"
 	"kedge/test/process"
 )
 
@@ -133,6 +137,53 @@ func TestAHerdEndsWithTheRun(t *testing.T) {
 	cancel()
 	if err := crew.out.Decode(&agentsReport{}); err == nil {
 		t.Error("an agent that nobody answers reports")
+	}
+}
+
+// Each attack does something, and whoever is attacked with it has nothing to do afterwards; good callers are served.
+func TestAGoodCallerIsServedBesideEveryNeighbour(t *testing.T) {
+	b := newBench(t)
+	b.neighbour = 200 * time.Millisecond
+	text, err := b.neighbours(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := strings.Split(strings.TrimSpace(text), "\n")[4:]
+	wanted := 2 // without a neighbour
+	for _, a := range attacks {
+		if wanted++; a.many {
+			wanted++
+		}
+	}
+	if len(rows) != wanted {
+		t.Errorf("there are %d rows, want %d", len(rows), wanted)
+	}
+	for _, row := range rows {
+		if !strings.Contains(row, " | 0 of ") || strings.Contains(row, " 0 of 0 ") {
+			t.Errorf("somebody was not served: %s", row)
+		}
+	}
+}
+
+// The CSRs that are dear to refuse are refused for what they are meant to be refused for.
+func TestTheHostileCSRsAreWhatTheyClaim(t *testing.T) {
+	for bits, exponent := range map[int]int{4096: math.MaxInt32, 16384: 65537} {
+		text, err := unsigned(bits, exponent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode([]byte(text))
+		csr, err := x509.ParseCertificateRequest(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, ok := csr.PublicKey.(*rsa.PublicKey)
+		if !ok || key.N.BitLen() != bits || key.E != exponent || len(text) > ca.MaxCSR {
+			t.Errorf("%d bits: %T in %d octets", bits, csr.PublicKey, len(text))
+		}
+		if err := csr.CheckSignature(); !errors.Is(err, rsa.ErrVerification) && bits == 4096 {
+			t.Errorf("%d bits: %v", bits, err)
+		}
 	}
 }
 

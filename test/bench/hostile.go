@@ -138,7 +138,11 @@ func playHostile() error {
 		case err != nil:
 			return err
 		}
-		<-h.first
+		select {
+		case <-h.first:
+		case <-time.After(patience):
+			return fmt.Errorf("%s: nothing was done within %s", h.Attack, patience)
+		}
 		if err := out.Encode(h.done.Load()); err != nil {
 			return err
 		}
