@@ -23,8 +23,7 @@ type Request struct {
 	RequestID string          // as in the logs
 }
 
-// Issue takes a caller through every step of the signing path. When the issuing CA is renewed in the middle of it, the steps from Prepare on are
-// taken once more, with the new one.
+// Issue takes a caller through every step of the signing path.
 func (c *CA) Issue(ctx context.Context, caller Caller, r Request) (*Issued, error) {
 	granted, err := c.Grant(caller, r.Profile)
 	if err != nil {
@@ -34,9 +33,14 @@ func (c *CA) Issue(ctx context.Context, caller Caller, r Request) (*Issued, erro
 	if err != nil {
 		return nil, err
 	}
-	issued, err := requested.issue(ctx, r)
+	return requested.Issue(ctx, r)
+}
+
+// Issue takes the steps from Prepare on. When the issuing CA is renewed in the middle of them, they are taken once more, with the new one.
+func (r *Requested) Issue(ctx context.Context, request Request) (*Issued, error) {
+	issued, err := r.issue(ctx, request)
 	if errors.Is(err, errOutdated) {
-		issued, err = requested.issue(ctx, r)
+		issued, err = r.issue(ctx, request)
 	}
 	return issued, err
 }

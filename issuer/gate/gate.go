@@ -63,6 +63,7 @@ type Gate struct {
 
 	handshakes *turns
 	calls      *turns
+	checks     *turns // of calls that have a place, and check what their callers sent
 
 	mu       sync.Mutex
 	open     int
@@ -97,6 +98,7 @@ func New(o Options) *Gate {
 		// More at once would only make each of them slower, and calls with them.
 		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections),
 		calls:      newTurns(cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
+		checks:     newTurns(runtime.GOMAXPROCS(0), math.MaxInt), // as few as handshakes: with all places at once the others would wait for the processor
 		peers:      map[netip.Prefix]*peerConns{}, idle: list.New(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 }
@@ -107,23 +109,74 @@ func (noMetrics) Refused(string)       {}
 func (noMetrics) Handshake(error)      {}
 func (noMetrics) Unread(time.Duration) {}
 
-// Enter waits until a call may be worked on, no longer than ctx, and returns what ends it. address is the caller's. An error says why it was in vain.
-func (g *Gate) Enter(ctx context.Context, address net.Addr) (leave func(), err error) {
-	err = g.calls.take(ctx, peerOf(address))
+// Place is that of a call that is worked on. Its methods are for one goroutine.
+type Place struct {
+	gate          *Gate
+	peer          netip.Prefix
+	has, checking bool
+}
+
+// Enter waits until a call may be worked on, no longer than ctx. address is the caller's. An error says why it was in vain. Who has a place leaves it.
+//
+// At first the call has a turn of the processor, too, in which what the caller sent is checked: see Checked.
+func (g *Gate) Enter(ctx context.Context, address net.Addr) (*Place, error) {
+	p := &Place{gate: g, peer: peerOf(address)}
+	if err := p.Again(ctx); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// Again is Enter for a call that left its place. In vain, the call has none, and may go on all the same with what is not dear.
+func (p *Place) Again(ctx context.Context) error {
+	err := p.take(ctx)
 	switch {
 	case errors.Is(err, errCrowded):
-		g.metrics.Refused(RefusedCall)
-		return nil, fmt.Errorf("%w: %d calls, of which this peer has more than its share", err, g.calls.length())
+		p.gate.metrics.Refused(RefusedCall)
+		return fmt.Errorf("%w: %d calls, of which this peer has more than its share", err, p.gate.calls.length())
 	case err != nil:
-		return nil, fmt.Errorf("waiting for a turn behind other calls: %w", err)
+		return fmt.Errorf("waiting for a turn behind other calls: %w", err)
 	}
-	return g.calls.give, nil
+	return nil
+}
+
+func (p *Place) take(ctx context.Context) error {
+	if err := p.gate.calls.take(ctx, p.peer); err != nil {
+		return err
+	}
+	if err := p.gate.checks.take(ctx, p.peer); err != nil {
+		p.gate.calls.give()
+		return err
+	}
+	p.has, p.checking = true, true
+	// Go runs who was woken by the one before at once, and one after the other so that whoever has come over the network meanwhile waits for tens of
+	// milliseconds. From the end of its queue this goroutine lets them go first.
+	runtime.Gosched()
+	return nil
+}
+
+// Checked ends the turn of the processor, if the call has one: what is left is to sign, and to wait for the ledger together with others.
+func (p *Place) Checked() {
+	if p.checking {
+		p.checking = false
+		p.gate.checks.give()
+	}
+}
+
+// Leave gives the place, if the call has one, to another.
+func (p *Place) Leave() {
+	p.Checked()
+	if p.has {
+		p.has = false
+		p.gate.calls.give()
+	}
 }
 
 // Drain sends away the calls that wait, and hangs up on clients whose requests are half sent: the CA is about to stop, and another replica may have time
 // for them. Calls that have their turn go on. It is called once.
 func (g *Gate) Drain() {
 	g.calls.end()
+	g.checks.end()
 	g.mu.Lock()
 	var half []*conn
 	for e := g.arriving.Front(); e != nil; e = e.Next() {
@@ -144,7 +197,7 @@ type Counts struct {
 func (g *Gate) Counts() Counts {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return Counts{Connections: g.open, Idle: g.idle.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
+	return Counts{Connections: g.open, Idle: g.idle.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length() + g.checks.length()}
 }
 
 // Tell logs that a caller was refused before any door saw its call. Everybody who reaches the port can cause such lines, so they are few: see sparing.

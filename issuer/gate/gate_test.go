@@ -505,3 +505,112 @@ func TestThereAreNeverMoreConnectionsThanDescriptors(t *testing.T) {
 		t.Errorf("%d connections, where the descriptors allow %d", got, most)
 	}
 }
+
+// enter has a caller ask for a place, and returns once it waits.
+func enter(t *testing.T, g *Gate, ctx context.Context, from string, entered chan<- *Place) <-chan error {
+	t.Helper()
+	before, ended := g.Counts().WaitingCalls, make(chan error, 1)
+	go func() {
+		place, err := g.Enter(ctx, &net.TCPAddr{IP: net.ParseIP(from)})
+		if err == nil {
+			entered <- place
+		}
+		ended <- err
+	}()
+	for g.Counts().WaitingCalls == before {
+		select {
+		case err := <-ended:
+			t.Fatalf("it did not wait: %v", err)
+		default:
+			runtime.Gosched()
+		}
+	}
+	return ended
+}
+
+// Though there are places enough for a flood of dear calls from one peer, a call of another is checked next but one.
+func TestAFloodOfDearCallsTakesTurnsForTheProcessor(t *testing.T) {
+	g := New(Options{})
+	const greedy, modest = "192.0.2.1", "192.0.2.2"
+	var checking []*Place
+	for range runtime.GOMAXPROCS(0) {
+		place, err := g.Enter(t.Context(), &net.TCPAddr{IP: net.ParseIP(greedy)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		checking = append(checking, place)
+	}
+	entered := make(chan *Place)
+	const flood = 100
+	for range flood {
+		enter(t, g, t.Context(), greedy, entered)
+	}
+	enter(t, g, t.Context(), modest, entered)
+	var order []string
+	for i := range flood + 1 {
+		checking[i].Checked() // and goes on in its place
+		next := <-entered
+		checking, order = append(checking, next), append(order, next.peer.Addr().String())
+	}
+	if order[0] != greedy || order[1] != modest {
+		t.Errorf("the first to be checked were %v", order[:2])
+	}
+	for _, place := range checking {
+		place.Leave()
+		place.Leave() // which changes nothing
+	}
+	if g.calls.free != 512 || g.checks.free != runtime.GOMAXPROCS(0) {
+		t.Errorf("after all %d places and %d turns are free", g.calls.free, g.checks.free)
+	}
+}
+
+// Whoever gives up, or is sent away, while it waits to be checked keeps no place.
+func TestWhoWaitsToBeCheckedMayGiveUp(t *testing.T) {
+	g := New(Options{})
+	var checking []*Place
+	for range runtime.GOMAXPROCS(0) {
+		place, err := g.Enter(t.Context(), &net.TCPAddr{IP: net.ParseIP("192.0.2.1")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		checking = append(checking, place)
+	}
+	entered := make(chan *Place)
+	ctx, cancel := context.WithCancel(t.Context())
+	impatient := enter(t, g, ctx, "192.0.2.2", entered)
+	cancel()
+	if err := <-impatient; !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	patient := enter(t, g, t.Context(), "192.0.2.2", entered)
+	g.Drain()
+	if err := <-patient; !errors.Is(err, errStopping) {
+		t.Errorf("when the CA stops: %v", err)
+	}
+	for _, place := range checking {
+		place.Leave()
+	}
+	if g.calls.free != 512 || g.checks.free != runtime.GOMAXPROCS(0) {
+		t.Errorf("after all %d places and %d turns are free", g.calls.free, g.checks.free)
+	}
+}
+
+// A call that stood aside and came back in vain has no place to leave.
+func TestWhoComesBackInVainLeavesNothing(t *testing.T) {
+	g := New(Options{})
+	place, err := g.Enter(t.Context(), &net.TCPAddr{IP: net.ParseIP("192.0.2.1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	place.Leave()
+	g.Drain()
+	g.calls.free = 0 // so that there is none to come back to
+	if err := place.Again(t.Context()); !errors.Is(err, errStopping) {
+		t.Errorf("error %v", err)
+	}
+	place.Checked()
+	place.Leave()
+	if g.calls.free != 0 || g.checks.free != runtime.GOMAXPROCS(0) {
+		t.Errorf("it gave back what it had not: %d places and %d turns are free", g.calls.free, g.checks.free)
+	}
+}

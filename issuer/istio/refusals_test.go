@@ -23,6 +23,7 @@ import (
 	"net/url"
 	"os"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,7 @@ import (
 	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/ca"
+	"kedge/ca/ledger"
 	"kedge/issuer/authn"
 )
 
@@ -176,7 +178,6 @@ func TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise(t *testing.T) {
 	}
 }
 
-// TestAFloodOfUnknownKeyIDsIsRefusedAndHoldsNobodyUp: those who have a good token get their certificates meanwhile, and the issuer is asked once.
 // A token issuer that hangs, and callers with tokens of it, keep no working place from the callers of others.
 func TestAnIssuerThatHangsHoldsUpOnlyItsOwnCallers(t *testing.T) {
 	const most = 3
@@ -218,6 +219,49 @@ func TestAnIssuerThatHangsHoldsUpOnlyItsOwnCallers(t *testing.T) {
 	held.Wait()
 }
 
+// Whoever waits for the ledger has its place, and not the processor: what others send is checked meanwhile.
+func TestWhoWaitsForTheLedgerHoldsUpNoCheck(t *testing.T) {
+	hang := make(chan struct{})
+	var hangs atomic.Bool
+	d := openDoorWith(t, doorOptions{onCommit: func(ledger.Commit) {
+		if hangs.Load() {
+			<-hang
+		}
+	}})
+	hangs.Store(true)
+	release := sync.OnceFunc(func() { close(hang) })
+	t.Cleanup(release)
+	api, csr := d.api(t, nil), csrFor(t, newKey(t), nil)
+	turns := runtime.GOMAXPROCS(0)
+	var waiting sync.WaitGroup
+	for range turns {
+		waiting.Go(func() {
+			if _, err := api.CreateCertificate(bearer(t.Context(), d.token(t)), &pb.IstioCertificateRequest{Csr: csr}); err != nil {
+				t.Errorf("once the ledger answers again: %v", err)
+			}
+		})
+	}
+	for entered := 0; entered < turns; runtime.Gosched() {
+		families, err := d.registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, family := range families {
+			if family.GetName() == "kedge_csr_wait_seconds" {
+				entered = int(family.GetMetric()[0].GetHistogram().GetSampleCount())
+			}
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // less than the others' time
+	defer cancel()
+	if _, err := d.api(t, nil).CreateCertificate(bearer(ctx, "garbage"), &pb.IstioCertificateRequest{Csr: csr}); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("a bad token while the ledger hangs: %v", err)
+	}
+	release()
+	waiting.Wait()
+}
+
+// TestAFloodOfUnknownKeyIDsIsRefusedAndHoldsNobodyUp: those who have a good token get their certificates meanwhile, and the issuer is asked once.
 func TestAFloodOfUnknownKeyIDsIsRefusedAndHoldsNobodyUp(t *testing.T) {
 	const flood, good = 400, 20
 	key, stranger := must(rsa.GenerateKey(rand.Reader, 2048)), must(rsa.GenerateKey(rand.Reader, 2048))

@@ -98,23 +98,16 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 	credentials, address := callerOf(ctx)
 	credentials.RequestID = id
 	caller.Peer = credentials.Peer
-	leave, err := s.enter(ctx, address)
+	place, err := s.enter(ctx, address)
 	if err != nil {
 		return nil, caller, err
 	}
-	defer func() { leave() }()
+	defer place.Leave()
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
 	credentials.Aside = func() (back func(context.Context) error) {
-		leave()
-		leave = func() {}
-		return func(ctx context.Context) error {
-			again, err := s.Gate.Enter(ctx, address)
-			if err == nil {
-				leave = again
-			}
-			return err
-		}
+		place.Leave()
+		return place.Again
 	}
 	authenticated, err := s.Callers.Authenticate(ctx, credentials)
 	if err != nil {
@@ -132,8 +125,16 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 	if err != nil {
 		return nil, caller, err
 	}
-	issued, err = s.CA.Issue(ctx, caller, ca.Request{CSR: []byte(request.GetCsr()), TTL: ca.Seconds(request.GetValidityDuration()),
-		Profile: profile, Delivery: ledger.DeliveryResponse, RequestID: id})
+	granted, err := s.CA.Grant(caller, profile)
+	if err != nil {
+		return nil, caller, err
+	}
+	requested, err := granted.ReadCSR([]byte(request.GetCsr()))
+	if err != nil {
+		return nil, caller, err
+	}
+	place.Checked()
+	issued, err = requested.Issue(ctx, ca.Request{TTL: ca.Seconds(request.GetValidityDuration()), Delivery: ledger.DeliveryResponse, RequestID: id})
 	if err == nil {
 		if profile == "" {
 			profile = ca.DefaultProfile
@@ -144,16 +145,16 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 }
 
 // enter waits for the call's turn.
-func (s *Server) enter(ctx context.Context, address net.Addr) (leave func(), err error) {
+func (s *Server) enter(ctx context.Context, address net.Addr) (place *gate.Place, err error) {
 	waiting, cancel := context.WithTimeout(ctx, s.Waiting)
 	defer cancel()
 	began := time.Now()
-	leave, err = s.Gate.Enter(waiting, address)
+	place, err = s.Gate.Enter(waiting, address)
 	s.Metrics.Waited(time.Since(began))
 	if err != nil && ctx.Err() == nil {
 		err = ca.Unavailable(err)
 	}
-	return leave, err
+	return place, err
 }
 
 // metadataText reads a field of the request's metadata. One that is not a text is refused rather than passed over.

@@ -1,7 +1,14 @@
 package main
 
 import (
+	"context"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"math"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/ca"
 	"kedge/test/process"
 )
 
@@ -43,7 +51,7 @@ func TestTheRealProgramIsMeasured(t *testing.T) {
 	b := newBench(t)
 	const records = 300
 	dir := filepath.Join(b.dir, "kedge")
-	certificates, err := fill(t.Context(), dataFolder(dir), records)
+	certificates, err := fill(t.Context(), dataFolder(dir), records, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +92,7 @@ func TestAHerdIsServedAndCounted(t *testing.T) {
 	b := newBench(t)
 	b.herd = 50
 	dir := filepath.Join(b.dir, "kedge")
-	if _, err := fill(t.Context(), dataFolder(dir), 100); err != nil {
+	if _, err := fill(t.Context(), dataFolder(dir), 100, 0); err != nil {
 		t.Fatal(err)
 	}
 	run, err := b.herdRun(t.Context(), func() (*server, error) { return b.startKedge(t.Context(), b.kedge, dir) })
@@ -103,10 +111,86 @@ func TestAHerdIsServedAndCounted(t *testing.T) {
 	}
 }
 
+// Whoever ends the run does not wait for a herd that is not served.
+func TestAHerdEndsWithTheRun(t *testing.T) {
+	b := newBench(t)
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	crew, err := b.playAgents(ctx, agentsOrder{Address: silent.Addr().String(), Count: 1, Tokens: b.crowd.tokens, CSRs: b.crowd.csrs[keyP256], Patience: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer crew.end()
+	if err := errors.Join(crew.out.Decode(&agentsReport{}), json.NewEncoder(crew.in).Encode(time.Now().UnixNano())); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := silent.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	cancel()
+	if err := crew.out.Decode(&agentsReport{}); err == nil {
+		t.Error("an agent that nobody answers reports")
+	}
+}
+
+// Each attack does something, and whoever is attacked with it has nothing to do afterwards; good callers are served.
+func TestAGoodCallerIsServedBesideEveryNeighbour(t *testing.T) {
+	b := newBench(t)
+	b.neighbour = 200 * time.Millisecond
+	text, err := b.neighbours(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := strings.Split(strings.TrimSpace(text), "\n")[4:]
+	wanted := 2 // without a neighbour
+	for _, a := range attacks {
+		if wanted++; a.many {
+			wanted++
+		}
+	}
+	if len(rows) != wanted {
+		t.Errorf("there are %d rows, want %d", len(rows), wanted)
+	}
+	for _, row := range rows {
+		if !strings.Contains(row, " | 0 of ") || strings.Contains(row, " 0 of 0 ") {
+			t.Errorf("somebody was not served: %s", row)
+		}
+	}
+}
+
+// The CSRs that are dear to refuse are refused for what they are meant to be refused for.
+func TestTheHostileCSRsAreWhatTheyClaim(t *testing.T) {
+	for bits, exponent := range map[int]int{4096: math.MaxInt32, 16384: 65537} {
+		text, err := unsigned(bits, exponent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode([]byte(text))
+		csr, err := x509.ParseCertificateRequest(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, ok := csr.PublicKey.(*rsa.PublicKey)
+		if !ok || key.N.BitLen() != bits || key.E != exponent || len(text) > ca.MaxCSR {
+			t.Errorf("%d bits: %T in %d octets", bits, csr.PublicKey, len(text))
+		}
+		if err := csr.CheckSignature(); !errors.Is(err, rsa.ErrVerification) && bits == 4096 {
+			t.Errorf("%d bits: %v", bits, err)
+		}
+	}
+}
+
 func TestPruningLeavesTheCallersAndLessThanHalf(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	const records = 2000
-	if _, err := fill(t.Context(), dir, records); err != nil {
+	if _, err := fill(t.Context(), dir, records, 0); err != nil {
 		t.Fatal(err)
 	}
 	left, err := prune(t.Context(), dir)

@@ -167,7 +167,7 @@ const smallLedger = 1000
 // costs measures what a certificate costs, in Kedge, in Istio's CA server, and at least.
 func (b *bench) costs(ctx context.Context) (string, error) {
 	kedgeDir, istioDir := filepath.Join(b.dir, "kedge"), filepath.Join(b.dir, "istio")
-	kedgeCerts, err := fill(ctx, dataFolder(kedgeDir), smallLedger)
+	kedgeCerts, err := fill(ctx, dataFolder(kedgeDir), smallLedger, 0)
 	if err != nil {
 		return "", err
 	}

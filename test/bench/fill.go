@@ -36,8 +36,8 @@ const (
 )
 
 // fill makes the data folder of a CA that has issued so many certificates in the last day, each to another pod, and returns client certificates of
-// callers that it issued long ago, as agents have them that renew.
-func fill(ctx context.Context, dir string, records int) (certificates []*tls.Certificate, err error) {
+// callers that it issued long ago, as agents have them that renew. In the second in which it issued those it issued so many others, too, half of them before.
+func fill(ctx context.Context, dir string, records, others int) (certificates []*tls.Certificate, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -72,6 +72,10 @@ func fill(ctx context.Context, dir string, records int) (certificates []*tls.Cer
 	if err := appendMany(ctx, book, pattern, 0, proven, &wall, at); err != nil {
 		return nil, err
 	}
+	busy := func(int) time.Time { return at(proven) }
+	if err := appendMany(ctx, book, pattern, 0, others/2, &wall, busy); err != nil {
+		return nil, err
+	}
 	wall.Store(at(proven).UnixNano())
 	for i := range inFlight {
 		certificate, err := prove(ctx, authority, i, now())
@@ -79,6 +83,9 @@ func fill(ctx context.Context, dir string, records int) (certificates []*tls.Cer
 			return nil, err
 		}
 		certificates = append(certificates, certificate)
+	}
+	if err := appendMany(ctx, book, pattern, others/2, others, &wall, busy); err != nil {
+		return nil, err
 	}
 	return certificates, appendMany(ctx, book, pattern, proven, records, &wall, at)
 }
@@ -144,8 +151,9 @@ func appendMany(ctx context.Context, book *ledger.Ledger, pattern *ledger.Issue,
 		mu.Lock()
 		defer mu.Unlock()
 		from, to = next, min(next+size, last)
-		next = to
-		wall.Store(at(from).UnixNano())
+		if next = to; from < to {
+			wall.Store(at(from).UnixNano())
+		}
 		return from, to
 	}
 	errs := make([]error, 16) // as many calls of Append at once share a commit

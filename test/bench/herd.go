@@ -43,7 +43,7 @@ type herdRun struct {
 // stampede lets very many agents come at the same instant, as after a change of the root that reaches them by xDS.
 func (b *bench) stampede(ctx context.Context) (string, error) {
 	kedgeDir, istioDir := filepath.Join(b.dir, "herd-kedge"), filepath.Join(b.dir, "herd-istio")
-	if _, err := fill(ctx, dataFolder(kedgeDir), smallLedger); err != nil {
+	if _, err := fill(ctx, dataFolder(kedgeDir), smallLedger, 0); err != nil {
 		return "", err
 	}
 	if err := b.prepareIstio(istioDir); err != nil {
@@ -88,7 +88,7 @@ func (b *bench) herdRun(ctx context.Context, start func() (*server, error)) (run
 		}
 	}()
 	for first := 0; first < b.herd; first += agentsAProcess {
-		c, err := b.playAgents(agentsOrder{Address: s.address, Leaf: leaf, First: first, Count: min(agentsAProcess, b.herd-first),
+		c, err := b.playAgents(ctx, agentsOrder{Address: s.address, Leaf: leaf, First: first, Count: min(agentsAProcess, b.herd-first),
 			Tokens: b.crowd.tokens, CSRs: b.crowd.csrs[keyP256], Patience: herdPatience})
 		if err != nil {
 			return nil, err
@@ -172,13 +172,13 @@ type agentsProcess struct {
 	out     *json.Decoder
 }
 
-// playAgents starts it, on the generator's core.
-func (b *bench) playAgents(order agentsOrder) (*agentsProcess, error) {
+// playAgents starts it, on the generator's core. It is killed when ctx ends, and reports nothing more.
+func (b *bench) playAgents(ctx context.Context, order agentsOrder) (*agentsProcess, error) {
 	program, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	p := &agentsProcess{command: exec.Command(program, agentsVerb)}
+	p := &agentsProcess{command: exec.CommandContext(ctx, program, agentsVerb)}
 	p.command.Stderr = os.Stderr
 	if p.in, err = p.command.StdinPipe(); err != nil {
 		return nil, err

@@ -50,7 +50,7 @@ type latencyRow struct {
 // latencies measures how long calls take that come at random moments.
 func (b *bench) latencies(ctx context.Context) (string, error) {
 	dir := filepath.Join(b.dir, "latency")
-	if _, err := fill(ctx, dataFolder(dir), smallLedger); err != nil {
+	if _, err := fill(ctx, dataFolder(dir), smallLedger, 0); err != nil {
 		return "", err
 	}
 	rows := []*latencyRow{{name: fmt.Sprintf("%d/s", steadyRate)}, {name: fmt.Sprintf("%.0f %% of the peak", 100*mostOfPeak)}}
@@ -125,7 +125,7 @@ type overloadRound struct {
 // overload offers Kedge twice what it can serve, to see how much of it it still does.
 func (b *bench) overload(ctx context.Context) (string, error) {
 	dir := filepath.Join(b.dir, "overload")
-	if _, err := fill(ctx, dataFolder(dir), smallLedger); err != nil {
+	if _, err := fill(ctx, dataFolder(dir), smallLedger, 0); err != nil {
 		return "", err
 	}
 	var rounds []overloadRound

@@ -34,11 +34,15 @@ type settings struct {
 	live    int           // records in the large ledger
 	herd    int           // agents that come at the same instant
 	profile time.Duration // of one profile
+
+	neighbour time.Duration // of one measurement beside a neighbour
 }
 
 var (
-	full  = settings{rounds: 7, calls: 4000, open: 8 * time.Second, flood: 20 * time.Second, live: 1_000_000, herd: 100_000, profile: 15 * time.Second}
-	quick = settings{rounds: 2, calls: 600, open: 2 * time.Second, flood: 4 * time.Second, live: 50_000, herd: 3_000, profile: 3 * time.Second}
+	full = settings{rounds: 7, calls: 4000, open: 8 * time.Second, flood: 20 * time.Second, live: 1_000_000, herd: 100_000, profile: 15 * time.Second,
+		neighbour: 12 * time.Second}
+	quick = settings{rounds: 2, calls: 600, open: 2 * time.Second, flood: 4 * time.Second, live: 50_000, herd: 3_000, profile: 3 * time.Second,
+		neighbour: time.Second}
 )
 
 // bench is one run.
@@ -60,7 +64,8 @@ type section struct {
 }
 
 var sections = []section{
-	{"cost", (*bench).costs}, {"size", (*bench).sizes}, {"latency", (*bench).latencies}, {"overload", (*bench).overload}, {"herd", (*bench).stampede}, {"profile", (*bench).profiles},
+	{"cost", (*bench).costs}, {"size", (*bench).sizes}, {"latency", (*bench).latencies}, {"overload", (*bench).overload}, {"herd", (*bench).stampede},
+	{"neighbours", (*bench).neighbours}, {"profile", (*bench).profiles},
 }
 
 // plays is whether this process has a part in the measurement of another one, which it then has played.
@@ -74,6 +79,11 @@ func plays() bool {
 	case agentsVerb:
 		if err := playAgents(); err != nil {
 			fmt.Fprintln(os.Stderr, "bench: agents:", err)
+			os.Exit(1)
+		}
+	case hostileVerb:
+		if err := playHostile(); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: a hostile neighbour:", err)
 			os.Exit(1)
 		}
 	default:
@@ -103,7 +113,7 @@ func run(ctx context.Context) (err error) {
 	rounds := flag.Int("rounds", 0, "how often each thing is measured")
 	calls := flag.Int("calls", 0, "calls in each measurement of the cost of a call")
 	agentCount := flag.Int("herd", 0, "agents that come at the same instant")
-	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, profile")
+	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, neighbours, profile")
 	out := flag.String("out", "", "a page that gets the results, between its markers")
 	flag.StringVar(&b.keep, "profiles", "", "a folder that gets the profiles, for 'go tool pprof'")
 	flag.Parse()
@@ -152,7 +162,7 @@ func run(ctx context.Context) (err error) {
 		}
 		text, err := s.run(b, ctx)
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			return fmt.Errorf("%s: %w", s.name, errors.Join(context.Cause(ctx), err)) // a signal, if it was one, says why
 		}
 		fmt.Println(text)
 		texts = append(texts, text)

@@ -49,7 +49,7 @@ func (b *bench) profiles(ctx context.Context) (text string, err error) {
 		return "", err
 	}
 	dir := filepath.Join(b.dir, "profile")
-	certificates, err := fill(ctx, dataFolder(dir), smallLedger)
+	certificates, err := fill(ctx, dataFolder(dir), smallLedger, 0)
 	if err != nil {
 		return "", err
 	}

@@ -21,12 +21,16 @@ type ledgerSize struct {
 	perCommit    sample             // records, with tokens
 }
 
+// herdSecond is how many certificates a CA issues in a second when a whole mesh asks at once.
+const herdSecond = 3000
+
 // sizes measures whether a certificate costs more when the ledger is large, or was.
 func (b *bench) sizes(ctx context.Context) (string, error) {
 	small := &ledgerSize{name: "small", records: smallLedger}
 	large := &ledgerSize{name: "large", records: uint64(b.live)}
 	pruned := &ledgerSize{name: "large, and then pruned"}
-	all := []*ledgerSize{small, large, pruned}
+	crowded := &ledgerSize{name: fmt.Sprintf("small, the callers' own certificates in a second with %d others", herdSecond), records: smallLedger + herdSecond}
+	all := []*ledgerSize{small, large, pruned, crowded}
 	for i, size := range all {
 		size.dir = filepath.Join(b.dir, fmt.Sprintf("ledger-%d", i))
 		size.cost, size.ratio = map[string]*sample{}, map[string]*sample{}
@@ -36,8 +40,8 @@ func (b *bench) sizes(ctx context.Context) (string, error) {
 	}
 	b.progress("filling a ledger with %d records", b.live)
 	var err error
-	for _, size := range []*ledgerSize{small, large} {
-		if size.certificates, err = fill(ctx, dataFolder(size.dir), int(size.records)); err != nil {
+	for size, others := range map[*ledgerSize]int{small: 0, large: 0, crowded: herdSecond} {
+		if size.certificates, err = fill(ctx, dataFolder(size.dir), int(size.records)-others, others); err != nil {
 			return "", err
 		}
 	}
