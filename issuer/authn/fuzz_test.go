@@ -1,12 +1,20 @@
 package authn_test
 
 import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/base64"
 	"errors"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"kedge/ca"
@@ -54,6 +62,97 @@ func FuzzToken(f *testing.F) {
 		}
 		if kinds != 1 || len(err.Error()) > 1000 || len(caller.Proofs) != 0 {
 			t.Errorf("%d kinds, %d octets: %q, %+v", kinds, len(err.Error()), err, caller)
+		}
+	})
+}
+
+// A JWS is read as go-jose reads it, its signature is by whose go-jose says it is, and nothing is taken that go-jose refuses. Refused besides is what
+// no token here has: its own key, critical parameters, a type that is no text, and line breaks, which are not base64url.
+func FuzzJWS(f *testing.F) {
+	signers := []signer{newSigner(f, "k1")}
+	for alg, curve := range map[jose.SignatureAlgorithm]elliptic.Curve{jose.ES256: elliptic.P256(), jose.ES384: elliptic.P384(), jose.ES512: elliptic.P521()} {
+		key, err := ecdsa.GenerateKey(curve, rand.Reader)
+		if err != nil {
+			f.Fatal(err)
+		}
+		signers = append(signers, signer{string(alg), alg, key})
+	}
+	_, edwards, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		f.Fatal(err)
+	}
+	signers = append(signers, signer{"", jose.EdDSA, edwards})
+	for _, alg := range []jose.SignatureAlgorithm{jose.RS256, jose.RS384, jose.RS512, jose.PS256, jose.PS384, jose.PS512} {
+		signers = append(signers, signer{string(alg), alg, rsaKey()})
+	}
+	for _, s := range signers {
+		good := s.sign(f, claims{"iss": "a"})
+		f.Add(good)
+		header, _, _ := strings.Cut(good, ".")
+		f.Add(header + "." + header + ".c2ln")
+		f.Add(good[:len(good)-3])
+		for _, other := range signers { // its signature under another algorithm
+			text, err := base64.RawURLEncoding.DecodeString(header)
+			if err != nil {
+				f.Fatal(err)
+			}
+			changed := strings.Replace(string(text), string(s.alg), string(other.alg), 1)
+			f.Add(base64.RawURLEncoding.EncodeToString([]byte(changed)) + good[len(header):])
+		}
+	}
+	for _, header := range []string{`{"alg":"ES256","crit":["b64"],"b64":false}`, `{"alg":"ES256","b64":true}`, `{"alg":"ES256","nonce":1}`, `{"alg":"ES256","typ":null,"kid":null}`,
+		`{"alg":"ES256","typ":1}`, `{"alg":"ES256","x":{"a":1,"a":1}}`, `{"alg":"ES256","x":1e999}`, `{"alg":"ES256","ALG":"none"}`, `{"alg":"none"}`, `{"alg":"HS256"}`, `{"alg":null}`,
+		`{"alg":"ES256","jwk":null}`, `{"alg":"ES256","x5c":[]}`, `{"alg":"\u0045S256"}`, `{"alg":"ES256"} x`, " {\"alg\":\"ES256\"}\n", `null`, `[]`, ``} {
+		f.Add(raw(header, `{}`, "s"))
+	}
+	f.Add("..")
+	for _, s := range signers { // an algorithm of another curve, with the hash that it names, and signatures as long as the key's curve takes
+		key, ok := s.key.(*ecdsa.PrivateKey)
+		if !ok {
+			continue
+		}
+		size := (key.Params().BitSize + 7) / 8
+		for alg, hash := range map[string]crypto.Hash{"ES256": crypto.SHA256, "ES384": crypto.SHA384, "ES512": crypto.SHA512} {
+			unsigned := strings.TrimSuffix(raw(`{"alg":"`+alg+`"}`, `{}`, ""), ".")
+			digest := hash.New()
+			digest.Write([]byte(unsigned))
+			r, v, err := ecdsa.Sign(rand.Reader, key, digest.Sum(nil))
+			if err != nil {
+				f.Fatal(err)
+			}
+			signature := append(r.FillBytes(make([]byte, size)), v.FillBytes(make([]byte, size))...)
+			f.Add(unsigned + "." + base64.RawURLEncoding.EncodeToString(signature))
+		}
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		algorithm, keyID, payload, signedWith, err := authn.ReadJWS(text)
+		theirs, refused := jose.ParseSignedCompact(text, authn.Algorithms)
+		if err != nil {
+			if refused != nil {
+				return
+			}
+			for _, name := range []string{"(crit)", "(b64)", "(jwk or x5c)", `"typ" is not a text`} {
+				if strings.Contains(err.Error(), name) {
+					return
+				}
+			}
+			if strings.ContainsAny(text, "\r\n") {
+				return
+			}
+			t.Fatalf("refused %q: %v", text, err)
+		}
+		if refused != nil {
+			t.Fatalf("took %q, which go-jose refuses: %v", text, refused)
+		}
+		header := theirs.Signatures[0].Header
+		if algorithm != header.Algorithm || keyID != header.KeyID || !bytes.Equal(payload, theirs.UnsafePayloadWithoutVerification()) {
+			t.Errorf("read %s, %q, %q of %q, and go-jose %+v, %q", algorithm, keyID, payload, text, header, theirs.UnsafePayloadWithoutVerification())
+		}
+		for _, s := range signers {
+			_, err := theirs.Verify(s.key.Public())
+			if signedWith(s.key.Public()) != (err == nil) {
+				t.Errorf("signed by %s: %t, and go-jose says %v: %q", s.alg, err != nil, err, text)
+			}
 		}
 	})
 }

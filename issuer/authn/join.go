@@ -128,15 +128,15 @@ func (j *JoinTokens) allowed(id spiffeid.ID) error {
 // verify checks a token in every respect but whether it is spent meanwhile: that the ledger decides in the commit that spends it.
 // skew is for a clock that was set back since; it prolongs nothing.
 func (j *JoinTokens) verify(token signedToken, now time.Time, skew time.Duration) (*proven, error) {
-	header, c := token.header, token.claims
+	c := token.claims
 	fail := func(format string, args ...any) (*proven, error) {
 		return nil, ca.Unauthenticated(fmt.Errorf("join token: "+format, args...))
 	}
-	if header.Algorithm != string(jose.ES256) || header.Type != joinType {
-		return fail("its algorithm %s or its type %.40q is not a join token's", header.Algorithm, header.Type)
+	if token.algorithm != string(jose.ES256) || token.kind != joinType {
+		return fail("its algorithm %s or its type %.40q is not a join token's", token.algorithm, token.kind)
 	}
-	if header.KeyID != j.kid {
-		return fail("it was signed with another key (%.64q): a token of another CA, or of before this one's key was lost", header.KeyID)
+	if token.keyID != j.kid {
+		return fail("it was signed with another key (%.64q): a token of another CA, or of before this one's key was lost", token.keyID)
 	}
 	if !token.signedWith(j.public) {
 		return fail("its signature is not good")

@@ -2,16 +2,11 @@ package authn
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/ed25519"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"strings"
 	"sync"
 	"time"
 
@@ -209,34 +204,11 @@ func (k *keySet) find(ctx context.Context, id, algorithm string, aside func() fu
 // match finds keys in what is there; mu is held.
 func (k *keySet) match(id, algorithm string) (found []jose.JSONWebKey) {
 	for _, key := range k.keys {
-		if (id == "" || key.KeyID == id) && fits(key, algorithm) {
+		if (id == "" || key.KeyID == id) && (key.Algorithm == "" || key.Algorithm == algorithm) && fits(key.Key, algorithm) {
 			found = append(found, key)
 		}
 	}
 	return found
-}
-
-// fits says whether a key can make signatures of an algorithm (RFC 7518 3.1), and may (its own "alg").
-func fits(key jose.JSONWebKey, algorithm string) bool {
-	if key.Algorithm != "" && key.Algorithm != algorithm {
-		return false
-	}
-	switch pub := key.Key.(type) {
-	case *rsa.PublicKey:
-		return strings.HasPrefix(algorithm, "RS") || strings.HasPrefix(algorithm, "PS")
-	case *ecdsa.PublicKey:
-		switch pub.Curve {
-		case elliptic.P256():
-			return algorithm == string(jose.ES256)
-		case elliptic.P384():
-			return algorithm == string(jose.ES384)
-		case elliptic.P521():
-			return algorithm == string(jose.ES512)
-		}
-	case ed25519.PublicKey:
-		return algorithm == string(jose.EdDSA)
-	}
-	return false
 }
 
 // await asks for a fetch if one is due, and waits for the one that is asked for or under way, without its turn. When none is due it returns at once.
