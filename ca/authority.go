@@ -68,9 +68,12 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// openKey fetches the authority's key and makes sure that it is the one that was certified.
-func (a *authority) openKey(ctx context.Context, keys KeyStore) error {
-	key, err := keys.Open(ctx, a.record.KeyRef)
+// openKey fetches the authority's key, from the key store or with what the root brings, and makes sure that it is the one that was certified.
+func (c *CA) openKey(ctx context.Context, a *authority) error {
+	if a.record.KeyRef == "" {
+		return c.openBrought(ctx, a)
+	}
+	key, err := c.keys.Open(ctx, a.record.KeyRef)
 	if err != nil {
 		return fmt.Errorf("opening the key %q of the issuing CA %s: %w", a.record.KeyRef, a.short(), err)
 	}
@@ -157,6 +160,12 @@ func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request 
 	if err := checkCAID(cert, td); err != nil {
 		return nil, err
 	}
+	return checkPath(chain, roots, cert.NotBefore.Add(time.Second))
+}
+
+// checkPath makes sure that a chain leads to one of the roots, in order and with nothing that does not belong to it, and that nothing in it outlives what is above it (I3). It
+// returns the root.
+func checkPath(chain, roots []*x509.Certificate, at time.Time) (*x509.Certificate, error) {
 	pool, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, root := range roots {
 		pool.AddCert(root)
@@ -164,7 +173,7 @@ func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request 
 	for _, link := range chain[1:] {
 		intermediates.AddCert(link)
 	}
-	paths, err := cert.Verify(x509.VerifyOptions{Roots: pool, Intermediates: intermediates, CurrentTime: cert.NotBefore.Add(time.Second),
+	paths, err := chain[0].Verify(x509.VerifyOptions{Roots: pool, Intermediates: intermediates, CurrentTime: at,
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 	if err != nil {
 		return nil, fmt.Errorf("the chain that the root returned does not lead to it: %w", err)

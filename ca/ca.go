@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,12 +16,14 @@ import (
 	"kedge/ca/ledger"
 )
 
-// Options are what a CA is made of. All fields but OtherIssuers are required.
+// Options are what a CA is made of. All fields but OtherIssuers and Anchors are required; ForeignWindow is for roots that others sign under.
 type Options struct {
 	TrustDomain     spiffeid.TrustDomain
 	Ledger          *ledger.Ledger
 	Root            Root
-	RootCoverage    ledger.Coverage // what the ledger knows of the certificates under a root that it sees for the first time
+	Anchors         Anchors         // trusted besides the root's own; may be nil
+	RootCoverage    ledger.Coverage // what the ledger knows of the certificates under the roots of the first start
+	ForeignWindow   time.Duration   // how long certificates that others issued under what enters later, or comes with its key, may live on unseen
 	Keys            KeyStore
 	Profiles        map[string]*Profile // by the name that a caller gives as CertSigner; "default" is there
 	IssuingLifetime time.Duration       // of an issuing CA; it is renewed at half of it
@@ -39,7 +42,9 @@ type CA struct {
 	td              spiffeid.TrustDomain
 	ledger          *ledger.Ledger
 	root            Root
+	anchors         Anchors
 	rootCoverage    ledger.Coverage
+	foreignWindow   time.Duration
 	keys            KeyStore
 	profiles        map[string]*Profile
 	issuingLifetime time.Duration
@@ -74,7 +79,8 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 		return nil, fmt.Errorf("there is no profile named %q", DefaultProfile)
 	}
 	c := &CA{
-		td: o.TrustDomain, ledger: o.Ledger, root: o.Root, rootCoverage: o.RootCoverage, keys: o.Keys, profiles: o.Profiles,
+		td: o.TrustDomain, ledger: o.Ledger, root: o.Root, anchors: o.Anchors, rootCoverage: o.RootCoverage, foreignWindow: o.ForeignWindow,
+		keys: o.Keys, profiles: o.Profiles,
 		issuingLifetime: o.IssuingLifetime, issuingKey: o.IssuingKey, otherIssuers: o.OtherIssuers,
 		now: o.Clock.Wall, guarded: o.Guarded, log: o.Logger,
 		problems: problems{said: map[string]error{}}, change: make(chan struct{}, 1), destroyed: map[ledger.Hash]bool{},
@@ -110,75 +116,6 @@ func (c *CA) lock(ctx context.Context) error {
 }
 
 func (c *CA) unlock() { <-c.change }
-
-// errRootAway says that the root does not answer, though the ledger knows what it would say.
-var errRootAway = errors.New("the root does not answer")
-
-// takeUpRoots records the roots on the first day, and on every later one makes sure that they are the same.
-func (c *CA) takeUpRoots(ctx context.Context) error {
-	_, err := c.ledger.CurrentBundle()
-	firstDay := errors.Is(err, ledger.ErrNotFound)
-	if err != nil && !firstDay {
-		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
-	}
-	roots, err := c.root.Roots(ctx)
-	if err != nil && !firstDay {
-		return fmt.Errorf("%w: what the ledger knows of it goes on serving: %w", errRootAway, err)
-	}
-	if err != nil {
-		return fmt.Errorf("asking the root for its trust anchors: %w", err)
-	}
-	if len(roots) == 0 {
-		return errors.New("the root has no trust anchor")
-	}
-	given := map[ledger.Hash]bool{}
-	for _, root := range roots {
-		if err := checkRoot(root, c.td, c.now()); err != nil {
-			return fmt.Errorf("the root certificate %q cannot be a trust anchor: %w", root.Subject, err)
-		}
-		given[AuthorityID(root)] = true
-	}
-	records, err := c.ledger.Authorities()
-	if err != nil {
-		return fmt.Errorf("reading the authorities from the ledger: %w", err)
-	}
-	if firstDay {
-		return c.recordRoots(ctx, roots)
-	}
-	for _, record := range records {
-		if record.Role != ledger.RoleRoot || record.State == ledger.StateRemoved {
-			continue
-		}
-		if !given[record.ID] {
-			return fmt.Errorf("the ledger's root %s is not among those that the configured root has: workloads trust it, and this CA would leave them behind. "+
-				"Put the root back that belongs to this data folder, or begin with a new data folder", record.ID)
-		}
-		delete(given, record.ID)
-	}
-	for id := range given {
-		return fmt.Errorf("the configured root has the trust anchor %s, which the ledger does not know: workloads do not trust it yet. "+
-			"Put the root back that belongs to this data folder, or begin with a new data folder", id)
-	}
-	return nil
-}
-
-// recordRoots begins the ledger: the roots become active, and the first bundle holds them.
-func (c *CA) recordRoots(ctx context.Context, roots []*x509.Certificate) error {
-	var events []ledger.Body
-	bundle := &ledger.Bundle{TrustDomain: c.td.Name(), Sequence: 1, Floor: 1, Reason: "first start"}
-	for _, root := range roots {
-		events = append(events, &ledger.Authority{
-			ID: AuthorityID(root), TrustDomain: c.td.Name(), To: ledger.StateActive, Reason: "first start", By: "kedge",
-			Record: &ledger.Founded{Kind: "x509", Role: ledger.RoleRoot, Key: keyID(root), Certificate: root.Raw, Coverage: c.rootCoverage},
-		})
-		bundle.Roots = append(bundle.Roots, root.Raw)
-	}
-	bundle.SHA256 = hashText(encodePEM(bundle.Roots...))
-	if _, err := c.ledger.Append(ctx, append(events, bundle)...); err != nil {
-		return fmt.Errorf("recording the root in the ledger: %w", err)
-	}
-	return nil
-}
 
 // reload makes the trust anew from what the ledger says. Keys that are open stay so.
 func (c *CA) reload(ctx context.Context) error {
@@ -219,7 +156,7 @@ func (c *CA) reload(ctx context.Context) error {
 		}
 	}
 	if next.active != nil && next.active.key == nil {
-		err := next.active.openKey(ctx, c.keys)
+		err := c.openKey(ctx, next.active)
 		if err == nil {
 			err = c.proveAuthority(next.active, next.anchors())
 		}
@@ -243,6 +180,12 @@ func (t *trust) anchors() []*x509.Certificate {
 		certs[i] = root.cert
 	}
 	return certs
+}
+
+// root finds the authority of a root's certificate.
+func (t *trust) root(cert *x509.Certificate) *authority {
+	i := slices.IndexFunc(t.roots, func(root *authority) bool { return root.cert.Equal(cert) })
+	return t.roots[i] // checkPath found it among them
 }
 
 // TrustDomain is the one that this CA serves.
@@ -313,6 +256,13 @@ func (p *problems) list() []error {
 // Problems lists what is wrong though the CA goes on: each with what it is about and what to do.
 func (c *CA) Problems() []error {
 	all := c.problems.list()
+	for about, part := range map[string]any{"root": c.root, "key store": c.keys, "trust anchors": c.anchors} {
+		if reporter, ok := part.(Reporter); ok {
+			if err := reporter.Problem(); err != nil {
+				all = append(all, fmt.Errorf("%s: %w", about, err))
+			}
+		}
+	}
 	if err := c.ledger.Fault(); err != nil {
 		all = append(all, fmt.Errorf("ledger: %w", err))
 	}

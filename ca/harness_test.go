@@ -69,6 +69,9 @@ type fixture struct {
 	profile ca.ProfileConfig
 	issuing time.Duration
 	root    ca.Root // nil: the self-made one
+	anchors ca.Anchors
+	foreign ledger.Coverage // of the first roots
+	window  time.Duration
 	keys    ca.KeyStore
 	log     bytes.Buffer
 
@@ -78,7 +81,8 @@ type fixture struct {
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
-	return &fixture{dir: t.TempDir(), clock: newHandClock(), profile: ca.DefaultProfileConfig(), issuing: 7 * 24 * time.Hour}
+	return &fixture{dir: t.TempDir(), clock: newHandClock(), profile: ca.DefaultProfileConfig(), issuing: 7 * 24 * time.Hour,
+		foreign: ledger.Coverage{Kind: "complete"}, window: 48 * time.Hour}
 }
 
 // open opens the CA, or says why it cannot be.
@@ -115,7 +119,7 @@ func (f *fixture) open(t *testing.T) error {
 	}
 	f.ledger = book
 	f.ca, err = ca.Open(t.Context(), ca.Options{
-		TrustDomain: td, Ledger: book, Root: root, RootCoverage: ledger.Coverage{Kind: "complete"}, Keys: keys,
+		TrustDomain: td, Ledger: book, Root: root, Anchors: f.anchors, RootCoverage: f.foreign, ForeignWindow: f.window, Keys: keys,
 		Profiles: map[string]*ca.Profile{ca.DefaultProfile: profile}, IssuingLifetime: f.issuing, IssuingKey: ca.P256,
 		Clock: clock, Guarded: guarded, Logger: log,
 	})
@@ -197,8 +201,13 @@ func (f *fixture) verify(t *testing.T, issued *ca.Issued) error {
 
 // verifyAt is what any client does with an SVID, at each of some times.
 func verifyAt(issued *ca.Issued, times ...time.Time) error {
+	return verifyUnder(issued, issued.Bundle, times...)
+}
+
+// verifyUnder is what a client does that holds a bundle of its own.
+func verifyUnder(issued *ca.Issued, bundle *ca.Bundle, times ...time.Time) error {
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
-	roots.AppendCertsFromPEM([]byte(issued.Bundle.PEM))
+	roots.AppendCertsFromPEM([]byte(bundle.PEM))
 	for _, link := range issued.Chain[1:] {
 		intermediates.AppendCertsFromPEM([]byte(link))
 	}

@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"sync"
@@ -24,8 +25,8 @@ const (
 	removalMargin = time.Hour   // how long after its last leaf expired an issuing CA is kept, for verifiers whose clock is behind
 )
 
-// RenewIssuing makes sure that there is an issuing CA in the first half of its life. The new one proves itself, enters the ledger as
-// prepared, and becomes active in the same commit in which the old one retires; both stay valid and trusted, so that nothing that was
+// RenewIssuing makes sure that there is an issuing CA in the first half of its life, or the one that the root brings. The new one proves itself, enters
+// the ledger as prepared, and becomes active in the same commit in which the old one retires; both stay valid and trusted, so that nothing that was
 // issued breaks. When there is nothing to do, it does nothing.
 func (c *CA) RenewIssuing(ctx context.Context) error {
 	if err := c.lock(ctx); err != nil {
@@ -39,6 +40,13 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 		}
 		now = c.trust.Load()
 	}
+	brought, err := c.brought(ctx, now)
+	if err != nil {
+		return fmt.Errorf("taking up the issuing CA that the root brings: %w", err)
+	}
+	if brought != nil {
+		return c.replaceIssuing(ctx, now, brought)
+	}
 	// An active one whose life has not begun was made while the clock was ahead. One that is not covered from its first day on came with a
 	// restore: the CA that was lost may still sign with its key.
 	if t := c.now(); now.active != nil && now.active.key != nil && now.active.record.Coverage.Complete() &&
@@ -51,6 +59,14 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 			err = errors.Join(err, c.keys.Delete(context.WithoutCancel(ctx), ref))
 		}
 		return fmt.Errorf("making a new issuing CA: %w", err)
+	}
+	return c.replaceIssuing(ctx, now, next)
+}
+
+// replaceIssuing lets a new issuing CA take over.
+func (c *CA) replaceIssuing(ctx context.Context, now *trust, next *authority) error {
+	if now.active != nil && now.active.record.ID == next.record.ID && now.active.key != nil {
+		return nil
 	}
 	if err := c.prepare(ctx, next); err != nil {
 		return err
@@ -79,6 +95,10 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 		PublicKey: key.Public(), TrustDomain: c.td.Name(), CommonName: "Kedge issuing CA " + now.Format("2006-01-02 15:04:05"),
 		NotBefore: now.Add(-min(time.Hour, c.issuingLifetime/10)), NotAfter: now.Add(c.issuingLifetime),
 	}
+	request.CSR, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: request.CommonName}}, key)
+	if err != nil {
+		return nil, ref, fmt.Errorf("signing the request for its certificate: %w", err)
+	}
 	chain, err := c.root.Certify(ctx, request)
 	if err != nil {
 		return nil, ref, fmt.Errorf("having it certified by the root: %w", err)
@@ -87,8 +107,11 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 	if err != nil {
 		return nil, ref, err
 	}
+	if err := c.mayActivate(t.root(root)); err != nil {
+		return nil, ref, err
+	}
 	cert := chain[0]
-	record := ledger.AuthorityRecord{ID: AuthorityID(cert), TrustDomain: c.td.Name(), State: ledger.StatePrepared}
+	record := ledger.AuthorityRecord{ID: AuthorityID(cert), TrustDomain: c.td.Name()}
 	record.Founded = ledger.Founded{Kind: "x509", Role: ledger.RoleIssuing, Key: keyID(cert), Certificate: cert.Raw, Root: AuthorityID(root),
 		KeyRef: ref, Coverage: ledger.Coverage{Kind: "complete"}}
 	for _, link := range chain {
@@ -117,22 +140,47 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 
 // prepare records the new authority: trusted, not signing. A crash right after leaves it so.
 func (c *CA) prepare(ctx context.Context, next *authority) error {
-	founded := next.record.Founded
-	if _, err := c.ledger.Append(ctx, &ledger.Authority{ID: next.record.ID, TrustDomain: c.td.Name(), To: ledger.StatePrepared, Reason: "made to sign", By: "kedge", Record: &founded}); err != nil {
-		return fmt.Errorf("recording the new issuing CA: %w", errors.Join(err, c.keys.Delete(context.WithoutCancel(ctx), founded.KeyRef)))
+	event := &ledger.Authority{ID: next.record.ID, TrustDomain: c.td.Name(), From: next.record.State, To: ledger.StatePrepared, Reason: "made to sign", By: "kedge"}
+	switch next.record.State {
+	case ledger.StatePrepared, ledger.StateActive, ledger.StateRetired: // one that the root brings again
+		return nil
+	case ledger.StateRemoved:
+	default:
+		founded := next.record.Founded
+		event.Record = &founded
 	}
+	if _, err := c.ledger.Append(ctx, event); err != nil {
+		err = fmt.Errorf("recording the new issuing CA: %w", err)
+		if ref := next.record.KeyRef; ref != "" {
+			err = errors.Join(err, c.keys.Delete(context.WithoutCancel(ctx), ref))
+		}
+		return err
+	}
+	next.record.State = ledger.StatePrepared
 	return nil
 }
 
 // activate lets the new authority take over, in the commit in which the old one retires.
 func (c *CA) activate(ctx context.Context, t *trust, next *authority) error {
 	td, id := c.td.Name(), next.record.ID
-	events := []ledger.Body{&ledger.Authority{ID: id, TrustDomain: td, From: ledger.StatePrepared, To: ledger.StateActive, Reason: "proved itself", By: "kedge"}}
+	var events []ledger.Body
+	if next.record.State != ledger.StateActive {
+		events = append(events, &ledger.Authority{ID: id, TrustDomain: td, From: next.record.State, To: ledger.StateActive, Reason: "proved itself", By: "kedge"})
+	}
+	for _, root := range t.roots {
+		if root.record.ID == next.record.Root && root.record.State == ledger.StatePrepared {
+			events = append(events, &ledger.Authority{ID: root.record.ID, TrustDomain: td, From: ledger.StatePrepared, To: ledger.StateActive,
+				Reason: "an issuing CA under it signs, and every holder has it", By: "kedge"})
+		}
+	}
 	for _, old := range t.issuing {
-		if old.record.State == ledger.StateActive {
+		if old.record.State == ledger.StateActive && old.record.ID != id {
 			events = append(events, &ledger.Authority{ID: old.record.ID, TrustDomain: td, From: ledger.StateActive, To: ledger.StateRetired,
 				Reason: "followed by " + id.String(), By: "kedge"})
 		}
+	}
+	if len(events) == 0 { // it is active, and its key was away
+		return nil
 	}
 	if _, err := c.ledger.Append(ctx, events...); err != nil {
 		// The commit may have landed though it seemed to fail, or an earlier one did: take that up.
@@ -150,11 +198,20 @@ func (c *CA) Run(ctx context.Context) error {
 	renewal := time.NewTimer(c.untilRenewal())
 	defer renewal.Stop()
 	retry := retryRenewal
+	var anchors <-chan struct{}
+	if c.anchors != nil {
+		anchors = c.anchors.Changed()
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			c.Note("guarded clock", c.guarded.Save())
 			return nil
+		case <-c.root.Changed():
+			c.followNow(ctx)
+			renewal.Reset(0)
+		case <-anchors:
+			c.followNow(ctx)
 		case <-renewal.C:
 			if c.renew(ctx) == nil {
 				retry = retryRenewal
@@ -165,6 +222,13 @@ func (c *CA) Run(ctx context.Context) error {
 			retry = min(2*retry, maxRetry)
 		}
 	}
+}
+
+// followNow follows the roots at once, since they changed.
+func (c *CA) followNow(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
+	defer cancel()
+	c.Note("root", c.takeUpRoots(ctx))
 }
 
 // keepHouse does the chores at once, since a CA that is often restarted would else never come to them, and then at each tick. It does so beside the
@@ -186,6 +250,9 @@ func (c *CA) untilRenewal() time.Duration {
 	active := c.trust.Load().active
 	if active == nil || active.key == nil {
 		return 0
+	}
+	if active.record.KeyRef == "" { // what the root brings is replaced by what it brings next
+		return tick
 	}
 	return min(tick, max(active.halfLife().Sub(c.now()), 0)+time.Second)
 }
@@ -250,10 +317,7 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 	for _, a := range c.trust.Load().issuing {
 		// One that was prepared and never became active was left by a crash.
 		leftover := a.record.State == ledger.StatePrepared && now.Sub(a.cert.NotBefore) > c.issuingLifetime/2
-		end := last[a.hash]
-		if !a.record.Coverage.Complete() {
-			end = a.notAfter
-		}
+		end := later(last[a.hash], c.unseen(a))
 		if a.record.State != ledger.StateRetired && !leftover || now.Before(end.Add(removalMargin)) {
 			continue
 		}
@@ -267,7 +331,11 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 	if changed {
 		err = errors.Join(err, c.reload(ctx))
 	}
-	return err
+	given, rootsErr := c.givenRoots(ctx)
+	if rootsErr != nil {
+		return err // it is noted as the root's
+	}
+	return errors.Join(err, c.removeRoots(ctx, given))
 }
 
 // destroyKeys deletes the keys of removed issuing CAs. Since deleting what is gone is no error, each is deleted once in a run of

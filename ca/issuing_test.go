@@ -282,12 +282,20 @@ func TestAnIssuingCACertificateThatIsNotWhatWasAskedForIsNeverUsed(t *testing.T)
 }
 
 // badKey does not sign as it should, as a broken token's would not.
+// It signs right as often as right says, and then no more.
 type badKey struct {
 	crypto.Signer
-	sign func() ([]byte, error)
+	right int
+	sign  func() ([]byte, error)
 }
 
-func (b badKey) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) { return b.sign() }
+func (b *badKey) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if b.right > 0 {
+		b.right--
+		return b.Signer.Sign(random, digest, opts)
+	}
+	return b.sign()
+}
 
 // oneKey is a key store that hands out one key.
 type oneKey struct{ key crypto.Signer }
@@ -307,10 +315,12 @@ func TestAKeyThatDoesNotSignRightIsNeverUsed(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFixture(t)
-			f.keys = oneKey{badKey{newKey(t), sign}}
-			if err := f.open(t); err == nil || !strings.Contains(err.Error(), "throwaway") {
-				t.Errorf("error %v", err)
+			for right, want := range []string{"signing the request", "throwaway"} {
+				f := newFixture(t)
+				f.keys = oneKey{&badKey{newKey(t), right, sign}}
+				if err := f.open(t); err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("after %d good signatures: error %v", right, err)
+				}
 			}
 		})
 	}

@@ -38,7 +38,7 @@ type leafMaker struct {
 	hash      crypto.Hash
 	algorithm []byte // AlgorithmIdentifier
 	fixed     []byte // extensions of every leaf but keyUsage: extKeyUsage, basicConstraints, authorityKeyIdentifier
-	local     bool   // the key is in this process
+	verified  bool   // the key is in this process, or verifies itself what its token signed
 }
 
 var (
@@ -64,17 +64,19 @@ func newLeafMaker(issuer *x509.Certificate, key crypto.Signer) (*leafMaker, erro
 		if pub.Curve == elliptic.P384() {
 			algorithm.Algorithm, m.scheme, m.hash = oidECDSAWithSHA384, x509.ECDSAWithSHA384, crypto.SHA384
 		} else if pub.Curve != elliptic.P256() {
-			return nil, fmt.Errorf("an issuing CA with the key %s cannot sign leaves: P-256, P-384 and RSA can", keyType(pub))
+			return nil, fmt.Errorf("an issuing CA with the key %s cannot sign leaves: P-256, P-384 and RSA can", KeyType(pub))
 		}
 	case *rsa.PublicKey:
 		algorithm = pkix.AlgorithmIdentifier{Algorithm: oidSHA256WithRSA, Parameters: asn1.NullRawValue}
 		m.scheme = x509.SHA256WithRSA
 	default:
-		return nil, fmt.Errorf("an issuing CA with the key %s cannot sign leaves: P-256, P-384 and RSA can", keyType(pub))
+		return nil, fmt.Errorf("an issuing CA with the key %s cannot sign leaves: P-256, P-384 and RSA can", KeyType(pub))
 	}
-	switch key.(type) {
+	switch key := key.(type) {
 	case *ecdsa.PrivateKey, *rsa.PrivateKey:
-		m.local = true
+		m.verified = true
+	case interface{ VerifiesSignatures() bool }:
+		m.verified = key.VerifiesSignatures()
 	}
 	var err error
 	if m.algorithm, err = asn1.Marshal(algorithm); err != nil {
@@ -93,7 +95,9 @@ func newLeafMaker(issuer *x509.Certificate, key crypto.Signer) (*leafMaker, erro
 	var fixed cryptobyte.Builder
 	addExtension(&fixed, oidExtKeyUsage, false, usages)
 	addExtension(&fixed, oidBasicConstraints, true, []byte{0x30, 0}) // cA is false by default
-	addExtension(&fixed, oidAuthorityKeyID, false, keyID)
+	if len(issuer.SubjectKeyId) > 0 {                                // one that others made may have none
+		addExtension(&fixed, oidAuthorityKeyID, false, keyID)
+	}
 	if m.fixed, err = fixed.Bytes(); err != nil {
 		return nil, fmt.Errorf("encoding the extensions of leaves: %w", err)
 	}
@@ -130,7 +134,7 @@ func (m *leafMaker) sign(l leaf) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !m.local {
+	if !m.verified {
 		if err := m.issuer.CheckSignature(m.scheme, tbs, signature); err != nil {
 			return nil, fmt.Errorf("the key's signature is not good: %w", err)
 		}

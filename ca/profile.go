@@ -264,7 +264,7 @@ func (p *Profile) AllowsKey(pub crypto.PublicKey) error {
 			return nil
 		}
 	}
-	return refused("%s", keyType(pub))
+	return refused("%s", KeyType(pub))
 }
 
 // DurationText writes a duration as people do: no zeros, and days where that is exact: 24h, 7d, 1h30m.

@@ -22,9 +22,33 @@ type Root interface {
 	Changed() <-chan struct{}
 }
 
+// IssuingRoot is what a Root may be, too: one that brings an issuing CA with its key, as a CA does that another program signed with before. Then no
+// issuing CA is made here, and what the root brings signs the leaves itself.
+type IssuingRoot interface {
+	Root
+	// Issuing returns what signs now: its chain, as from Certify, and its key. No chain and no error: the root brings none at this time, and
+	// Certify is asked. It may be another after Changed received.
+	Issuing(ctx context.Context) (chain []*x509.Certificate, key crypto.Signer, err error)
+}
+
+// Anchors are trust anchors besides those of the root, such as those of a CA that is to come or that is on its way out.
+type Anchors interface {
+	// Anchors returns them, in an order that does not change while they do not. There may be none.
+	Anchors(ctx context.Context) ([]*x509.Certificate, error)
+	// Changed receives after Anchors may have changed. It may be nil when that never happens.
+	Changed() <-chan struct{}
+}
+
+// Reporter is what a Root, a KeyStore or Anchors may be, too: one that can say that something is wrong while it goes on with what it had.
+type Reporter interface {
+	// Problem says what is wrong, on what, and what to do; nil: nothing is. It answers at once.
+	Problem() error
+}
+
 // CertifyRequest asks a Root for the certificate of an issuing CA.
 type CertifyRequest struct {
 	PublicKey   crypto.PublicKey
+	CSR         []byte    // a PKCS#10 request for PublicKey, signed with its key (DER), for roots that want a proof of possession; only the key in it counts
 	TrustDomain string    // the name without scheme; the certificate carries spiffe://TrustDomain (X509-SVID 3.1, a CA's ID has no path)
 	CommonName  string    // for people
 	NotBefore   time.Time //

@@ -56,7 +56,7 @@ func (c *CA) Authorities() ([]AuthorityStatus, error) {
 		}
 		s := AuthorityStatus{
 			ID: record.ID, Role: record.Role, State: record.State, Tainted: record.Tainted, TrustDomain: record.TrustDomain,
-			Subject: cert.Subject.String(), NotBefore: cert.NotBefore, NotAfter: cert.NotAfter, Key: record.Key, KeyType: keyType(cert.PublicKey),
+			Subject: cert.Subject.String(), NotBefore: cert.NotBefore, NotAfter: cert.NotAfter, Key: record.Key, KeyType: KeyType(cert.PublicKey),
 			Coverage: record.Coverage, Certificate: encodePEM(record.Certificate),
 		}
 		if record.Role == ledger.RoleIssuing {
@@ -69,7 +69,7 @@ func (c *CA) Authorities() ([]AuthorityStatus, error) {
 			if last[chain].After(lastUnderRoot[record.Root]) {
 				lastUnderRoot[record.Root] = last[chain]
 			}
-			if active := c.trust.Load().active; active != nil && active.record.ID == record.ID {
+			if active := c.trust.Load().active; active != nil && active.record.ID == record.ID && record.KeyRef != "" {
 				due := active.halfLife()
 				s.Renews = &due
 			}

@@ -17,6 +17,8 @@ import (
 	zx509 "github.com/zmap/zcrypto/x509"
 	"github.com/zmap/zlint/v3"
 	"github.com/zmap/zlint/v3/lint"
+
+	"kedge/ca/ledger"
 )
 
 // reservedSegment is the first path segment of the SPIFFE IDs that are nobody's: they are never granted.
@@ -26,7 +28,11 @@ const reservedSegment = "kedge"
 // that a client makes: the chain, the rules of X509-SVID, and the lints of RFC 5280. Only an authority that passed may sign.
 // The leaf's one second of validity is the authority's first, which lies in the past; its SPIFFE ID is never granted; its key is dropped.
 func (c *CA) proveAuthority(a *authority, roots []*x509.Certificate) error {
-	id, err := spiffeid.FromSegments(c.td, reservedSegment, "throwaway")
+	return proveAuthority(a, roots, c.td, newSerial(c.ledger.Head().Log))
+}
+
+func proveAuthority(a *authority, roots []*x509.Certificate, td spiffeid.TrustDomain, serial ledger.Serial) error {
+	id, err := spiffeid.FromSegments(td, reservedSegment, "throwaway")
 	if err != nil {
 		return fmt.Errorf("the throwaway leaf's SPIFFE ID: %w", err)
 	}
@@ -38,7 +44,7 @@ func (c *CA) proveAuthority(a *authority, roots []*x509.Certificate) error {
 	if err != nil {
 		return fmt.Errorf("the throwaway leaf's key: %w", err)
 	}
-	der, err := a.leaves.sign(leaf{serial: newSerial(c.ledger.Head().Log), uri: id.String(), pub: key.Public(), spki: spki,
+	der, err := a.leaves.sign(leaf{serial: serial, uri: id.String(), pub: key.Public(), spki: spki,
 		notBefore: a.cert.NotBefore, notAfter: a.cert.NotBefore})
 	if err != nil {
 		return fmt.Errorf("the key cannot sign: %w", err)
@@ -50,7 +56,7 @@ func (c *CA) proveAuthority(a *authority, roots []*x509.Certificate) error {
 	if err := verifyAsClient(cert, a, roots, key, id); err != nil {
 		return fmt.Errorf("a client would refuse what it signs: %w", err)
 	}
-	return lintLeaf(der)
+	return Lint(der)
 }
 
 // verifyAsClient does what crypto/tls and go-spiffe do with a peer's certificate.
@@ -88,8 +94,8 @@ func verifyAsClient(leaf *x509.Certificate, a *authority, roots []*x509.Certific
 	return err
 }
 
-// lintLeaf runs zlint's lints of RFC 5280 over a leaf. Those of the Web PKI's baseline requirements are not for a mesh.
-func lintLeaf(der []byte) error {
+// Lint runs zlint's lints of RFC 5280 over a certificate. Those of the Web PKI's baseline requirements are not for a mesh.
+func Lint(der []byte) error {
 	registry, err := lint.GlobalRegistry().Filter(lint.FilterOptions{IncludeSources: lint.SourceList{lint.RFC5280, lint.RFC5480}})
 	if err != nil {
 		return fmt.Errorf("choosing the lints: %w", err)

@@ -30,13 +30,13 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 	t.Run("the chain leads to one of its roots and is a CA for leaves only", func(t *testing.T) {
 		root := make(t)
 		for name, key := range issuingKeys(t) {
-			t.Run(name, func(t *testing.T) { checkChain(t, root, certify(t, root, request(key.Public())), key.Public()) })
+			t.Run(name, func(t *testing.T) { checkChain(t, root, certify(t, root, request(t, key)), key.Public()) })
 		}
 	})
 	t.Run("validity never outlives the request", func(t *testing.T) {
 		root := make(t)
 		for _, life := range []time.Duration{time.Minute, time.Hour, lifetime} {
-			request := request(newKey(t).Public())
+			request := request(t, newKey(t))
 			request.NotAfter = request.NotBefore.Add(life)
 			cert := certify(t, root, request)[0]
 			if cert.NotAfter.After(request.NotAfter) || cert.NotBefore.Before(request.NotBefore.Truncate(time.Second)) {
@@ -49,14 +49,14 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 	})
 	t.Run("validity never outlives the root", func(t *testing.T) {
 		root := make(t)
-		request := request(newKey(t).Public())
+		request := request(t, newKey(t))
 		request.NotBefore, request.NotAfter = time.Now().AddDate(-30, 0, 0), time.Now().AddDate(200, 0, 0)
 		checkChain(t, root, certify(t, root, request), request.PublicKey)
 	})
 	t.Run("its roots keep their order", func(t *testing.T) {
 		root := make(t)
 		first := roots(t, root)
-		certify(t, root, request(newKey(t).Public()))
+		certify(t, root, request(t, newKey(t)))
 		if again := roots(t, root); !sameCertificates(first, again) {
 			t.Errorf("Roots gave %d certificates, then %d, or others, or in another order", len(first), len(again))
 		}
@@ -73,7 +73,7 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 	t.Run("serial numbers are positive, long and never the same", func(t *testing.T) {
 		root, key, seen := make(t), newKey(t), map[string]bool{}
 		for range 8 {
-			serial := certify(t, root, request(key.Public()))[0].SerialNumber
+			serial := certify(t, root, request(t, key))[0].SerialNumber
 			if serial.Sign() <= 0 || serial.BitLen() < 64 || serial.BitLen() > 159 { // RFC 5280 4.1.2.2, and CA/Browser Forum 7.1 for the entropy
 				t.Errorf("the serial number %x has %d bits", serial, serial.BitLen())
 			}
@@ -89,8 +89,8 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 		var all sync.WaitGroup
 		for i := range 4 {
 			key := newKey(t)
+			request := request(t, key)
 			all.Go(func() {
-				request := request(key.Public())
 				request.CommonName = fmt.Sprintf("issuing CA %d", i)
 				chain, err := root.Certify(t.Context(), request)
 				if err != nil {
@@ -111,10 +111,10 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 		root, key := make(t), newKey(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := root.Certify(ctx, request(key.Public())); !errors.Is(err, context.Canceled) {
+		if _, err := root.Certify(ctx, request(t, key)); !errors.Is(err, context.Canceled) {
 			t.Errorf("Certify with a cancelled context: %v", err)
 		}
-		certify(t, root, request(key.Public())) // and does no harm
+		certify(t, root, request(t, key)) // and does no harm
 	})
 	t.Run("requests that make no sense are refused", func(t *testing.T) {
 		root := make(t)
@@ -125,7 +125,7 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 			"ends at its past": func(r *ca.CertifyRequest) { r.NotAfter = r.NotBefore.Add(-time.Hour) },
 			"long past":        func(r *ca.CertifyRequest) { r.NotBefore, r.NotAfter = time.Unix(0, 0), time.Unix(3600, 0) },
 		} {
-			request := request(newKey(t).Public())
+			request := request(t, newKey(t))
 			spoil(&request)
 			if chain, err := root.Certify(t.Context(), request); err == nil {
 				t.Errorf("%s: Certify returned a chain of %d", name, len(chain))
@@ -142,9 +142,14 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 }
 
 // request is an ordinary one.
-func request(pub crypto.PublicKey) ca.CertifyRequest {
+func request(t *testing.T, key crypto.Signer) ca.CertifyRequest {
+	t.Helper()
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
 	now := time.Now()
-	return ca.CertifyRequest{PublicKey: pub, TrustDomain: TrustDomain, CommonName: "issuing CA",
+	return ca.CertifyRequest{PublicKey: key.Public(), CSR: csr, TrustDomain: TrustDomain, CommonName: "issuing CA",
 		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(lifetime)}
 }
 

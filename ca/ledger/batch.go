@@ -396,6 +396,7 @@ func (b *batch) settle(settled *bolt.Bucket, n uint64, bit byte) error {
 // ways are the transitions of an authority, see State.
 var ways = map[[2]State]bool{
 	{StatePrepared, StateActive}: true, {StateActive, StateRetired}: true, {StateRetired, StateRemoved}: true, {StatePrepared, StateRemoved}: true,
+	{StateRetired, StateActive}: true, {StateRemoved, StatePrepared}: true,
 }
 
 func (b *batch) authority(event *Authority, encoded []byte) error {
@@ -424,8 +425,10 @@ func (b *batch) authority(event *Authority, encoded []byte) error {
 	case event.From == event.To && row.Tainted:
 		return fmt.Errorf("authority %s is tainted already: %w", event.ID, ErrAlready)
 	case event.From != event.To && !ways[[2]State{event.From, event.To}]:
-		return fmt.Errorf("authority %s cannot go from %s to %s: the ways are prepared, active, retired, removed, and prepared, removed",
-			event.ID, event.From, event.To)
+		return fmt.Errorf("authority %s cannot go from %s to %s: the ways are prepared, active, retired, removed, and prepared, removed; and back from retired to active "+
+			"and from removed to prepared", event.ID, event.From, event.To)
+	case row.Tainted && (event.To == StateActive || event.To == StatePrepared):
+		return fmt.Errorf("authority %s is tainted, and cannot go from %s to %s: %w", event.ID, event.From, event.To, ErrConflict)
 	default:
 		next = *row
 	}

@@ -217,7 +217,8 @@ type Confirm struct {
 	Retires uint64 `cbor:"4,keyasint,omitempty" json:"retires,omitempty"`
 }
 
-// State of an authority. The only ways are prepared → active → retired → removed, and prepared → removed.
+// State of an authority. The ways are prepared → active → retired → removed, and prepared → removed; and back, for one that is not tainted: retired →
+// active and removed → prepared, when an admin puts back what was replaced.
 type State uint8
 
 const (
@@ -271,6 +272,8 @@ func (r *Role) UnmarshalText(text []byte) error {
 type Coverage struct {
 	Kind  string `cbor:"1,keyasint" json:"kind"`                      // complete: all of them; since: all from Since on; foreign: not
 	Since Time   `cbor:"2,keyasint,omitempty" json:"since,omitempty"` //
+	// Until is when the last certificate has expired that the log does not know, as an admin states for foreign; 0: nobody says, so it is the authority's own end.
+	Until Time `cbor:"3,keyasint,omitempty" json:"until,omitempty"`
 }
 
 // Complete says whether the log has every certificate under the authority, whenever it was signed.

@@ -60,6 +60,12 @@ func TestAnAuthorityOnlyGoesItsWays(t *testing.T) {
 		}, nil, "cannot go"},
 		{"back to active", func(id Hash, enter *Authority) []Body {
 			return []Body{enter, move(id, StatePrepared, StateActive), move(id, StateActive, StateRetired), move(id, StateRetired, StateActive)}
+		}, nil, ""},
+		{"back to prepared", func(id Hash, enter *Authority) []Body {
+			return []Body{enter, move(id, StatePrepared, StateRemoved), move(id, StateRemoved, StatePrepared)}
+		}, nil, ""},
+		{"retired to prepared", func(id Hash, enter *Authority) []Body {
+			return []Body{enter, move(id, StatePrepared, StateActive), move(id, StateActive, StateRetired), move(id, StateRetired, StatePrepared)}
 		}, nil, "cannot go"},
 		{"nothing new", func(id Hash, enter *Authority) []Body { return []Body{enter, move(id, StatePrepared, StatePrepared)} }, ErrAlready, "nothing new"},
 		{"entering retired", func(id Hash, enter *Authority) []Body { enter.To = StateRetired; return []Body{enter} }, nil, "cannot enter"},
@@ -96,6 +102,7 @@ func TestATaintStays(t *testing.T) {
 	h.must(taint)
 	h.refused(ErrAlready, taint)
 	h.must(move(h.ca.ID, StateActive, StateRetired))
+	h.refused(ErrConflict, move(h.ca.ID, StateRetired, StateActive))
 	h.reopen()
 	records, err := h.Authorities()
 	if err != nil || !records[1].Tainted || records[1].State != StateRetired {

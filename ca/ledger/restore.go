@@ -88,10 +88,14 @@ func (b *batch) cutCoverage() error {
 }
 
 // cut lets the coverage begin after the second of a restore, in which somebody else may have signed before it, and says whether that changes anything.
-// What is removed is known to have nothing under it; of what is foreign nothing was known before either.
+// What is removed is known to have nothing under it; of what is foreign nothing was known before either, but for its end.
 func (r *authorityRow) cut(at Time) bool {
-	if r.State == StateRemoved || r.Founded.Coverage.Kind == "foreign" {
+	switch c := &r.Founded.Coverage; {
+	case r.State == StateRemoved, c.Kind == "foreign" && c.Until == 0:
 		return false
+	case c.Kind == "foreign":
+		c.Until = 0
+		return true
 	}
 	r.Founded.Coverage = Coverage{Kind: "since", Since: at + 1}
 	return true

@@ -11,8 +11,8 @@ import (
 	"kedge/ca/atomicfile"
 )
 
-// maxFile is the largest file that is read, in octets. An encrypted RSA-4096 key has about 3,400.
-const maxFile = 64 << 10
+// maxFile is the largest file that is read, in octets: as large as a whole Secret of Kubernetes may be. An encrypted RSA-4096 key has about 3,400.
+const maxFile = 1 << 20
 
 // temporary matches the names that atomicfile gives to files while it writes them. One that is found at start was left by a crash.
 const temporary = ".*.pem.*"
@@ -58,8 +58,8 @@ func escapeGlob(path string) string {
 	return string(escaped)
 }
 
-// read returns a file whose mode has none of the bits of forbidden; wanted is the mode to tell the admin to set.
-func read(path string, forbidden, wanted fs.FileMode) ([]byte, error) {
+// read returns a file whose mode has none of the bits of forbidden; otherwise mend tells the admin what to do.
+func read(path string, forbidden fs.FileMode, mend string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", path, err)
@@ -73,8 +73,8 @@ func read(path string, forbidden, wanted fs.FileMode) ([]byte, error) {
 	case !info.Mode().IsRegular():
 		return nil, fmt.Errorf("reading %s: it is not a regular file", path)
 	case info.Mode().Perm()&forbidden != 0:
-		return nil, fmt.Errorf("%s is a secret and others may get at it (mode %#o): find out who had it, then run 'chmod %o %s'",
-			path, info.Mode().Perm(), wanted, path)
+		return nil, fmt.Errorf("%s is a secret and others may get at it (mode %#o): find out who had it, then %s",
+			path, info.Mode().Perm(), mend)
 	case info.Size() > maxFile:
 		return nil, fmt.Errorf("reading %s: it has %d octets, more than the %d that are read: it cannot be what it should be", path, info.Size(), maxFile)
 	}
@@ -84,6 +84,14 @@ func read(path string, forbidden, wanted fs.FileMode) ([]byte, error) {
 		return nil, fmt.Errorf("reading %s: %w", path, err)
 	}
 	return data, nil
+}
+
+// chmod is what to do about a mode.
+func chmod(path string) string { return fmt.Sprintf("run 'chmod 600 %s'", path) }
+
+// mountedMode is what to do about the mode of a secret that Kubernetes may have mounted.
+func mountedMode(path string) string {
+	return fmt.Sprintf("give its volume defaultMode 0400, or 0440 and the pod an fsGroup; outside Kubernetes run 'chmod 600 %s'", path)
 }
 
 // exists says whether there is a file of that name.

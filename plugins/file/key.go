@@ -40,25 +40,6 @@ func generate(spec ca.KeySpec) (crypto.Signer, error) {
 	return nil, fmt.Errorf("the key type %q is unknown: use %s, %s, %s, %s or %s", spec, ca.P256, ca.P384, ca.RSA2048, ca.RSA3072, ca.RSA4096)
 }
 
-// checkKey allows the public keys that CAs have here.
-func checkKey(pub crypto.PublicKey) error {
-	switch pub := pub.(type) {
-	case *ecdsa.PublicKey:
-		if pub.Curve == elliptic.P256() || pub.Curve == elliptic.P384() {
-			return nil
-		}
-		return fmt.Errorf("its curve is %s: a CA's key is on P-256 or P-384", pub.Curve.Params().Name)
-	case *rsa.PublicKey:
-		if bits := pub.N.BitLen(); bits < 2048 || bits > 4096 {
-			return fmt.Errorf("it is an RSA key of %d bits: a CA's has 2048 to 4096", bits)
-		}
-		return nil
-	case nil:
-		return errors.New("there is none")
-	}
-	return fmt.Errorf("it is a %T: a CA's key is RSA or ECDSA", pub)
-}
-
 // writeKey puts a key into a file, encrypted when there is a passphrase.
 func writeKey(path string, key crypto.Signer, p passphrase) error {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
@@ -86,7 +67,7 @@ func writeKey(path string, key crypto.Signer, p passphrase) error {
 
 // readKey reads a key file.
 func readKey(path string, p passphrase) (crypto.Signer, error) {
-	text, err := read(path, 0o077, 0o600)
+	text, err := read(path, 0o077, chmod(path))
 	if err != nil {
 		return nil, fmt.Errorf("the key file: %w", err)
 	}
@@ -100,7 +81,7 @@ func readKey(path string, p passphrase) (crypto.Signer, error) {
 
 // keyFileOf reads a key file without looking into it.
 func keyFileOf(path string) (ca.KeyFile, error) {
-	text, err := read(path, 0o077, 0o600)
+	text, err := read(path, 0o077, chmod(path))
 	if err != nil {
 		return ca.KeyFile{}, fmt.Errorf("the key file: %w", err)
 	}
@@ -122,12 +103,19 @@ func decodeKey(path string, text []byte, p passphrase) (crypto.Signer, error) {
 	if strings.TrimSpace(string(rest)) != "" {
 		return nil, errors.New("its PEM block is followed by further data: it must hold one key and nothing else")
 	}
+	if block.Type != clearType && block.Type != sealedType {
+		return nil, fmt.Errorf("it is a PEM block %.40q: convert it with 'openssl pkcs8 -topk8 -nocrypt -in %s -out NEW', "+
+			"or without -nocrypt to encrypt it", block.Type, path)
+	}
+	return openPKCS8(path, block, p)
+}
+
+// openPKCS8 reads a key out of a PEM block of PKCS#8, encrypted or not.
+func openPKCS8(path string, block *pem.Block, p passphrase) (crypto.Signer, error) {
 	der := block.Bytes
 	switch {
 	case block.Type == clearType && p.path != "":
-		return nil, fmt.Errorf("it is not encrypted although a passphrase file is configured: encrypt it with 'openssl pkcs8 -topk8 "+
-			"-v2 aes-256-cbc -v2prf hmacWithSHA256 -iter %d -in %s -passout file:%s -out NEW', move NEW to its place, and wipe the old one",
-			iterations, path, p.path)
+		return nil, notEncrypted(path, p)
 	case block.Type == sealedType && p.path == "":
 		return nil, errors.New("it is encrypted and no passphrase file is configured: name the passphrase file in the configuration")
 	case block.Type == sealedType:
@@ -144,9 +132,6 @@ func decodeKey(path string, text []byte, p passphrase) (crypto.Signer, error) {
 			return nil, fmt.Errorf("with the passphrase of %s: %w", p.path, err)
 		}
 		defer clear(der)
-	case block.Type != clearType:
-		return nil, fmt.Errorf("it is a PEM block %.40q: convert it with 'openssl pkcs8 -topk8 -nocrypt -in %s -out NEW', "+
-			"or without -nocrypt to encrypt it", block.Type, path)
 	}
 	parsed, err := x509.ParsePKCS8PrivateKey(der)
 	if err != nil {
@@ -155,11 +140,23 @@ func decodeKey(path string, text []byte, p passphrase) (crypto.Signer, error) {
 		}
 		return nil, fmt.Errorf("it holds no PKCS#8 key: %w", err)
 	}
+	return authorityKey(parsed)
+}
+
+// notEncrypted refuses a key that is in clear though the configuration says that keys are not.
+func notEncrypted(path string, p passphrase) error {
+	return fmt.Errorf("it is not encrypted although a passphrase file is configured: encrypt it with 'openssl pkcs8 -topk8 "+
+		"-v2 aes-256-cbc -v2prf hmacWithSHA256 -iter %d -in %s -passout file:%s -out NEW', move NEW to its place, and wipe the old one",
+		iterations, path, p.path)
+}
+
+// authorityKey makes sure that a CA can have the key.
+func authorityKey(parsed any) (crypto.Signer, error) {
 	key, ok := parsed.(crypto.Signer)
 	if !ok {
 		return nil, fmt.Errorf("its key (%T) cannot sign", parsed)
 	}
-	if err := checkKey(key.Public()); err != nil {
+	if err := ca.CheckAuthorityKey(key.Public()); err != nil {
 		return nil, fmt.Errorf("its key cannot be used: %w", err)
 	}
 	return key, nil

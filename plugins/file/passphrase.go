@@ -21,7 +21,7 @@ func CheckPassphraseFile(path string) error {
 // read returns the passphrase; the caller wipes it. The file holds one line, whose end is not part of the passphrase
 // (as for openssl's -passin file:). The group may read it, because Kubernetes gives a mounted secret to the pod's fsGroup so.
 func (p passphrase) read() ([]byte, error) {
-	text, err := read(p.path, 0o037, 0o600)
+	text, err := read(p.path, 0o037, mountedMode(p.path))
 	if err != nil {
 		return nil, fmt.Errorf("the passphrase file: %w", err)
 	}

@@ -269,7 +269,7 @@ func FuzzKeyFile(f *testing.F) {
 		if (key == nil) == (err == nil) {
 			t.Fatalf("key %v and error %v", key, err)
 		}
-		if err == nil && checkKey(key.Public()) != nil {
+		if err == nil && ca.CheckAuthorityKey(key.Public()) != nil {
 			t.Fatalf("a key that no CA has: %T", key)
 		}
 	})

@@ -3,23 +3,17 @@ package file
 import (
 	"context"
 	"crypto"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/asn1"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/big"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -43,8 +37,6 @@ const (
 	defaultLifetime = 10 * 365 * 24 * time.Hour
 	minLifetime     = time.Minute
 	backdate        = time.Hour // for verifiers whose clocks are behind
-	maxCommonName   = 64        // characters (RFC 5280 A.1, ub-common-name)
-	organization    = "Kedge"
 )
 
 // RootOptions says where a root is kept, and what it is like if it has to be made.
@@ -174,73 +166,14 @@ func (r *Root) create(o RootOptions) error {
 	if err != nil {
 		return err
 	}
-	keyID, err := subjectKeyID(key.Public())
-	if err != nil {
-		return err
-	}
 	now := r.now().UTC().Truncate(time.Second)
-	template := authorityTemplate(keyID, r.trustDomain)
-	template.Subject.CommonName = rootName(r.trustDomain, keyID)
-	template.NotBefore, template.NotAfter = now.Add(-backdate), now.Add(lifetime)
-	template.MaxPathLen = 1 // root → issuing CA → leaf
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return fmt.Errorf("signing its certificate: %w", err)
-	}
-	if r.cert, err = x509.ParseCertificate(der); err != nil {
-		return fmt.Errorf("reading its certificate back: %w", err)
+	if r.cert, err = ca.SignRoot(r.trustDomain, key, now.Add(-backdate), now.Add(lifetime)); err != nil {
+		return err
 	}
 	if err := writeKey(r.path(newKeyFile), key, r.passphrase); err != nil {
 		return err
 	}
-	return atomicfile.Write(r.path(certificateFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
-}
-
-// authorityTemplate is what root and issuing certificates have in common (RFC 5280 4.2.1, X509-SVID 3.1 and 4).
-func authorityTemplate(keyID []byte, td spiffeid.TrustDomain) *x509.Certificate {
-	return &x509.Certificate{
-		SerialNumber:          serial(),
-		Subject:               pkix.Name{Organization: []string{organization}},
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		BasicConstraintsValid: true,
-		IsCA:                  true,
-		SubjectKeyId:          keyID,
-		URIs:                  []*url.URL{td.ID().URL()},
-	}
-}
-
-// serial is positive, random and of 20 octets (RFC 5280 4.1.2.2).
-func serial() *big.Int {
-	octets := make([]byte, 20)
-	rand.Read(octets) // never fails: the process ends first
-	octets[0] = octets[0]&0x7f | 0x40
-	return new(big.Int).SetBytes(octets)
-}
-
-// subjectKeyID is the leftmost 160 bits of the SHA-256 of the public key's bits (RFC 7093 2, method 1).
-func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
-	der, err := x509.MarshalPKIXPublicKey(pub)
-	if err != nil {
-		return nil, fmt.Errorf("encoding its public key: %w", err)
-	}
-	var info struct {
-		Algorithm pkix.AlgorithmIdentifier
-		PublicKey asn1.BitString
-	}
-	if err := unmarshal(der, &info, "SubjectPublicKeyInfo"); err != nil {
-		return nil, err
-	}
-	sum := sha256.Sum256(info.PublicKey.Bytes)
-	return sum[:20], nil
-}
-
-// rootName tells roots of one trust domain apart, for people and for verifiers that find issuers by name.
-func rootName(td spiffeid.TrustDomain, keyID []byte) string {
-	name := fmt.Sprintf("%s root %x", td.Name(), keyID[:4])
-	if len(name) > maxCommonName {
-		name = fmt.Sprintf("Kedge root %x", keyID[:4])
-	}
-	return name
+	return atomicfile.Write(r.path(certificateFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.cert.Raw}))
 }
 
 // load reads the certificate, and the key only to see that it belongs to it.
@@ -280,7 +213,7 @@ func (r *Root) load() error {
 
 // readCertificate reads a file with one certificate in PEM.
 func readCertificate(path string) (*x509.Certificate, error) {
-	text, err := read(path, 0, 0o600)
+	text, err := read(path, 0, "")
 	if err != nil {
 		return nil, fmt.Errorf("the root certificate: %w", err)
 	}
@@ -331,36 +264,6 @@ func (r *Root) certify(ctx context.Context, request ca.CertifyRequest) (*x509.Ce
 	if request.TrustDomain != r.trustDomain.Name() {
 		return nil, fmt.Errorf("it is for the trust domain %.80q, and this root is for %s", request.TrustDomain, r.trustDomain)
 	}
-	if utf8.RuneCountInString(request.CommonName) > maxCommonName {
-		return nil, fmt.Errorf("its common name is longer than the %d characters of RFC 5280 A.1", maxCommonName)
-	}
-	if request.CommonName == r.cert.Subject.CommonName {
-		return nil, errors.New("it has the root's own name, and verifiers would take it for self-issued (RFC 5280 4.2.1.1): give it another")
-	}
-	if err := checkKey(request.PublicKey); err != nil {
-		return nil, fmt.Errorf("its public key: %w", err)
-	}
-	if r.now().After(r.cert.NotAfter) {
-		return nil, fmt.Errorf("the root expired at %s: prepare a new one", r.cert.NotAfter.Format(time.RFC3339))
-	}
-	keyID, err := subjectKeyID(request.PublicKey)
-	if err != nil {
-		return nil, err
-	}
-	template := authorityTemplate(keyID, r.trustDomain)
-	template.Subject.CommonName = request.CommonName
-	template.MaxPathLenZero = true
-	template.NotBefore, template.NotAfter = request.NotBefore.UTC(), request.NotAfter.UTC().Truncate(time.Second)
-	if template.NotBefore.Before(r.cert.NotBefore) {
-		template.NotBefore = r.cert.NotBefore
-	}
-	if template.NotAfter.After(r.cert.NotAfter) {
-		template.NotAfter = r.cert.NotAfter
-	}
-	if !template.NotBefore.Before(template.NotAfter) {
-		return nil, fmt.Errorf("no time is left between %s and %s (the root is valid from %s to %s)", request.NotBefore.UTC().Format(time.RFC3339),
-			request.NotAfter.UTC().Format(time.RFC3339), r.cert.NotBefore.Format(time.RFC3339), r.cert.NotAfter.Format(time.RFC3339))
-	}
 	key, err := r.key()
 	if err != nil {
 		return nil, err
@@ -368,11 +271,7 @@ func (r *Root) certify(ctx context.Context, request ca.CertifyRequest) (*x509.Ce
 	if err := ctx.Err(); err != nil { // an encrypted key takes a while to open
 		return nil, err
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, r.cert, request.PublicKey, key)
-	if err != nil {
-		return nil, fmt.Errorf("signing: %w", err)
-	}
-	return x509.ParseCertificate(der)
+	return ca.SignIssuing(r.cert, key, request, r.now())
 }
 
 // Roots returns the one root.
@@ -388,7 +287,7 @@ func (r *Root) Files(ctx context.Context) ([]ca.KeyFile, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("reading the files of the root in %s: %w", r.dir, err)
 	}
-	cert, err := read(r.path(certificateFile), 0, 0o600)
+	cert, err := read(r.path(certificateFile), 0, "")
 	if err != nil {
 		return nil, fmt.Errorf("the root certificate: %w", err)
 	}

@@ -1,0 +1,482 @@
+package file
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/big"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"kedge/ca"
+	"kedge/ca/contracttest"
+)
+
+// someCA is a CA as Istio's own tools make it: no SPIFFE ID, a DNS name, an intermediate with the path length 0.
+type someCA struct {
+	cert *x509.Certificate
+	key  crypto.Signer
+}
+
+func newSomeCA(t testing.TB, name string, by *someCA, change func(*x509.Certificate)) *someCA {
+	t.Helper()
+	key, err := ca.GenerateKey(ca.P256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{Organization: []string{"Istio"}, CommonName: name}, NotBefore: now.Add(-time.Hour), NotAfter: now.AddDate(10, 0, 0),
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign | x509.KeyUsageCRLSign, BasicConstraintsValid: true, IsCA: true}
+	parent, signer := template, key
+	if by != nil {
+		template.NotAfter, template.MaxPathLenZero, template.DNSNames = now.AddDate(2, 0, 0), true, []string{"istiod.istio-system.svc"}
+		parent, signer = by.cert, by.key
+	}
+	if change != nil {
+		change(template)
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &someCA{cert, key}
+}
+
+func pemOf(cas ...*someCA) string {
+	var text bytes.Buffer
+	for _, c := range cas {
+		pem.Encode(&text, &pem.Block{Type: "CERTIFICATE", Bytes: c.cert.Raw})
+	}
+	return text.String()
+}
+
+func keyPEM(t testing.TB, key crypto.Signer, kind string) string {
+	t.Helper()
+	var der []byte
+	var err error
+	switch kind {
+	case sec1Type:
+		der, err = x509.MarshalECPrivateKey(key.(*ecdsa.PrivateKey))
+	case pkcs1Type:
+		der = x509.MarshalPKCS1PrivateKey(key.(*rsa.PrivateKey))
+	default:
+		der, err = x509.MarshalPKCS8PrivateKey(key)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+}
+
+// cacerts are the files of istiod's Secret, as Istio's tools/certs make them: the chain file has the CA itself and the root.
+func cacerts(t testing.TB, root, intermediate *someCA) map[string]string {
+	return map[string]string{"ca-cert.pem": pemOf(intermediate), "ca-key.pem": keyPEM(t, intermediate.key, clearType), "cert-chain.pem": pemOf(intermediate, root), "root-cert.pem": pemOf(root)}
+}
+
+// volume is a folder in which Kubernetes mounts a Secret.
+type volume struct {
+	dir string
+	n   int
+}
+
+// put exchanges all files at once, as the kubelet does: a new folder, and a link to it that takes the place of the one before.
+func (v *volume) put(t testing.TB, files map[string]string) {
+	t.Helper()
+	v.n++
+	folder := fmt.Sprintf("..%d", v.n)
+	if err := os.Mkdir(filepath.Join(v.dir, folder), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(v.dir, folder, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(v.dir, name)); err != nil && !os.IsExist(err) {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(folder, filepath.Join(v.dir, "..data_tmp")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(v.dir, "..data_tmp"), filepath.Join(v.dir, "..data")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// quick is how often files are looked at in tests.
+const quick = 10 * time.Millisecond
+
+func openCACerts(t testing.TB, dir string, change func(*CACertsOptions)) *CACerts {
+	t.Helper()
+	o := CACertsOptions{Dir: dir, TrustDomain: contracttest.TrustDomain, PollInterval: quick}
+	if change != nil {
+		change(&o)
+	}
+	c, err := OpenCACerts(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// settled waits until the watch has looked once more.
+func settled(t testing.TB, w *watch) {
+	t.Helper()
+	for w.current() == nil { // until the test's own time is up
+		<-time.After(quick)
+	}
+}
+
+func change(files map[string]string, name, text string) map[string]string {
+	changed := maps.Clone(files)
+	if text == "" {
+		delete(changed, name)
+	} else {
+		changed[name] = text
+	}
+	return changed
+}
+
+// badSets are what must be refused, with what is said of it.
+func badSets(t testing.TB, root, good *someCA) map[string]map[string]string {
+	files := cacerts(t, root, good)
+	stranger, other := newSomeCA(t, "Another Root", nil, nil), newSomeCA(t, "Other Intermediate", root, nil)
+	expired := newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Minute) })
+	early := newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) })
+	long := newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.NotAfter = root.cert.NotAfter.Add(time.Hour) })
+	leaf := newSomeCA(t, "Leaf", root, func(c *x509.Certificate) { c.IsCA, c.MaxPathLenZero = false, false })
+	below := newSomeCA(t, "Below", good, nil)
+	elsewhere := newSomeCA(t, "Elsewhere", root, func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "elsewhere"}} })
+	return map[string]map[string]string{
+		"ca-key.pem is missing":                        change(files, "ca-key.pem", ""),
+		"root-cert.pem is missing":                     change(files, "root-cert.pem", ""),
+		"there is neither ca-cert.pem nor tls.crt":     change(files, "ca-cert.pem", ""),
+		"ca-key.pem does not belong to ca-cert.pem":    change(files, "ca-key.pem", keyPEM(t, other.key, clearType)),
+		"ca-cert.pem does not lead to any root":        change(files, "root-cert.pem", pemOf(stranger)),
+		"does not belong to the chain":                 change(files, "cert-chain.pem", pemOf(good, stranger)),
+		"PEM blocks begin in it":                       change(files, "root-cert.pem", pemOf(root)+"-----BEGIN CERTIFICATE-----\nAAAA"),
+		"only certificates belong there":               change(files, "root-cert.pem", pemOf(root)+keyPEM(t, root.key, clearType)),
+		"ca-key.pem: it holds no PEM block":            change(files, "ca-key.pem", "nothing"),
+		"in the old form of PEM":                       change(files, "ca-key.pem", "-----BEGIN EC PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nAAAA\n-----END EC PRIVATE KEY-----\n"),
+		"expired at":                                   cacerts(t, root, expired),
+		"is valid only from":                           cacerts(t, root, early),
+		"would outlive its issuer":                     cacerts(t, root, long),
+		"it is not a CA certificate":                   cacerts(t, root, leaf),
+		"and the configured trust domain is":           cacerts(t, root, elsewhere),
+		"holds 2 certificates: it is the CA's own":     change(files, "ca-cert.pem", pemOf(good, root)),
+		"is self-signed and not in root-cert.pem":      change(cacerts(t, root, stranger), "root-cert.pem", pemOf(root)),
+		"allows 0 CAs below it":                        change(cacerts(t, root, below), "cert-chain.pem", pemOf(below, good, root)),
+		"it is encrypted and no passphrase file is co": change(files, "ca-key.pem", sealedPEM(t, good.key)),
+	}
+}
+
+// sealedPEM encrypts a key with the passphrase "secret".
+func sealedPEM(t testing.TB, key crypto.Signer) string {
+	t.Helper()
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	encrypted, err := seal(der, []byte("secret"), iterations)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: sealedType, Bytes: encrypted}))
+}
+
+func TestCACertsKeepThePromisesOfAnIssuingRoot(t *testing.T) {
+	root := newSomeCA(t, "Root", nil, nil)
+	good := newSomeCA(t, "Intermediate", root, nil)
+	bad := badSets(t, root, good)
+	contracttest.IssuingRoot(t, func(t *testing.T) contracttest.Moving {
+		v := &volume{dir: t.TempDir()}
+		v.put(t, cacerts(t, root, good))
+		c := openCACerts(t, v.dir, nil)
+		m := contracttest.Moving{Root: c, Other: func(t *testing.T) { v.put(t, cacerts(t, root, newSomeCA(t, "Next Intermediate", root, nil))) }, Spoil: map[string]func(*testing.T){},
+			Settle: func(t *testing.T) { settled(t, c.watch) }}
+		for name, files := range bad {
+			m.Spoil[name] = func(t *testing.T) { v.put(t, files) }
+		}
+		return m
+	})
+}
+
+func TestEachBadSetIsSaidWithItsFileAndReason(t *testing.T) {
+	root := newSomeCA(t, "Root", nil, nil)
+	good := newSomeCA(t, "Intermediate", root, nil)
+	for want, files := range badSets(t, root, good) {
+		v := &volume{dir: t.TempDir()}
+		v.put(t, files)
+		c := openCACerts(t, v.dir, nil)
+		_, _, issuingErr := c.Issuing(t.Context())
+		_, rootsErr := c.Roots(t.Context())
+		for _, err := range []error{c.Problem(), issuingErr, rootsErr} {
+			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), v.dir) {
+				t.Errorf("want %q, got: %v", want, err)
+			}
+		}
+		v.put(t, cacerts(t, root, good)) // and it heals
+		<-c.Changed()
+		if err := c.Problem(); err != nil {
+			t.Errorf("after a good set: %v", err)
+		}
+	}
+}
+
+// TestACAThatIsARootKeepsThePromisesOfARoot is about what istiod makes for itself: it leaves the file of roots empty.
+func TestACAThatIsARootKeepsThePromisesOfARoot(t *testing.T) {
+	for name, roots := range map[string]bool{"with root-cert.pem": true, "without": false} {
+		t.Run(name, func(t *testing.T) {
+			contracttest.Root(t, func(t *testing.T) ca.Root {
+				root := newSomeCA(t, "istiod's own", nil, nil)
+				files := map[string]string{"ca-cert.pem": pemOf(root), "ca-key.pem": keyPEM(t, root.key, sec1Type), "cert-chain.pem": "", "root-cert.pem": ""}
+				if roots {
+					files["root-cert.pem"] = pemOf(root)
+				}
+				v := &volume{dir: t.TempDir()}
+				v.put(t, files)
+				c := openCACerts(t, v.dir, nil)
+				if chain, _, err := c.Issuing(t.Context()); err != nil || len(chain) > 0 {
+					t.Fatalf("it brings %d certificates, %v", len(chain), err)
+				}
+				return c
+			})
+		})
+	}
+}
+
+func TestBothLayoutsAndEveryFormOfAKeyAreRead(t *testing.T) {
+	root := newSomeCA(t, "Root", nil, nil)
+	upper := newSomeCA(t, "Upper", root, func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = 1, false })
+	lower := newSomeCA(t, "Lower", upper, func(c *x509.Certificate) { c.NotAfter = upper.cert.NotAfter })
+	second := newSomeCA(t, "Second Root", nil, nil)
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsaDER, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "RSA"}, NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().AddDate(1, 0, 0), KeyUsage: x509.KeyUsageCertSign, BasicConstraintsValid: true, IsCA: true, MaxPathLenZero: true}, root.cert, rsaKey.Public(), root.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsaCert, err := x509.ParseCertificate(rsaDER)
+	if err != nil {
+		t.Fatal(err)
+	}
+	withRSA := &someCA{rsaCert, rsaKey}
+	phrase := filepath.Join(t.TempDir(), "passphrase")
+	if err := os.WriteFile(phrase, []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		files      map[string]string
+		passphrase string
+		chain      int
+		roots      int
+	}{
+		"istiod's, PKCS#8":             {cacerts(t, root, newSomeCA(t, "I", root, nil)), "", 1, 1},
+		"istiod's, the chain in order": {map[string]string{"ca-cert.pem": pemOf(lower), "ca-key.pem": keyPEM(t, lower.key, sec1Type), "cert-chain.pem": pemOf(lower, upper, root), "root-cert.pem": pemOf(root)}, "", 2, 1},
+		"istiod's, the chain upside down": {map[string]string{"ca-cert.pem": pemOf(lower), "ca-key.pem": keyPEM(t, lower.key, sec1Type), "cert-chain.pem": pemOf(root, upper), "root-cert.pem": pemOf(second, root)},
+			"", 2, 2},
+		"tls.crt with its chain": {map[string]string{"tls.crt": pemOf(lower, upper), "tls.key": keyPEM(t, lower.key, clearType), "ca.crt": pemOf(root)}, "", 2, 1},
+		"PKCS#1":                 {map[string]string{"tls.crt": pemOf(withRSA), "tls.key": keyPEM(t, rsaKey, pkcs1Type), "ca.crt": pemOf(root)}, "", 1, 1},
+		"encrypted PKCS#8":       {map[string]string{"tls.crt": pemOf(lower, upper), "tls.key": sealedPEM(t, lower.key), "ca.crt": pemOf(root)}, phrase, 2, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := &volume{dir: t.TempDir()}
+			v.put(t, test.files)
+			c := openCACerts(t, v.dir, func(o *CACertsOptions) { o.PassphraseFile = test.passphrase })
+			if err := c.Problem(); err != nil {
+				t.Fatal(err)
+			}
+			chain, key, err := c.Issuing(t.Context())
+			if err != nil || len(chain) != test.chain || key == nil {
+				t.Errorf("the chain has %d, %v", len(chain), err)
+			}
+			anchors, err := c.Roots(t.Context())
+			if err != nil || len(anchors) != test.roots || !anchors[0].Equal(root.cert) {
+				t.Errorf("there are %d roots, %v", len(anchors), err)
+			}
+		})
+	}
+}
+
+func TestAKeyThatOthersMayReadIsRefused(t *testing.T) {
+	root := newSomeCA(t, "Root", nil, nil)
+	v := &volume{dir: t.TempDir()}
+	v.put(t, cacerts(t, root, newSomeCA(t, "Intermediate", root, nil)))
+	key := filepath.Join(v.dir, "ca-key.pem")
+	for mode, bad := range map[os.FileMode]bool{0o644: true, 0o640: false, 0o440: false, 0o660: true} {
+		if err := os.Chmod(key, mode); err != nil {
+			t.Fatal(err)
+		}
+		err := openCACerts(t, v.dir, nil).Problem()
+		if bad != (err != nil) || err != nil && !strings.Contains(err.Error(), "defaultMode 0400") {
+			t.Errorf("mode %#o: %v", mode, err)
+		}
+	}
+}
+
+func TestACRLThatIsNoGoodIsSaidAndStandsInNobodysWay(t *testing.T) {
+	root := newSomeCA(t, "Root", nil, nil)
+	good := newSomeCA(t, "Intermediate", root, nil)
+	stranger := newSomeCA(t, "Stranger", nil, nil)
+	crl := func(by *someCA, next time.Duration) string {
+		der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-48 * time.Hour), NextUpdate: time.Now().Add(next)}, by.cert, by.key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(pem.EncodeToMemory(&pem.Block{Type: crlType, Bytes: der}))
+	}
+	for want, text := range map[string]string{
+		"":                               crl(root, time.Hour) + crl(good, time.Hour),
+		"one of every CA of a chain":     crl(root, time.Hour),
+		"is of no CA in the set":         crl(root, time.Hour) + crl(stranger, time.Hour),
+		"expired at":                     crl(root, -time.Hour) + crl(good, time.Hour),
+		"ca-crl.pem: it holds a PEM blo": pemOf(root),
+	} {
+		v := &volume{dir: t.TempDir()}
+		v.put(t, change(cacerts(t, root, good), "ca-crl.pem", text))
+		c := openCACerts(t, v.dir, nil)
+		err := c.Problem()
+		if (want == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("want %q: %v", want, err)
+		}
+		if chain, _, err := c.Issuing(t.Context()); err != nil || len(chain) != 1 {
+			t.Errorf("it brings %d, %v", len(chain), err)
+		}
+	}
+}
+
+func TestARefusedSetIsLoggedOnceAndSoIsThatItIsGood(t *testing.T) {
+	root := newSomeCA(t, "Root", nil, nil)
+	good := newSomeCA(t, "Intermediate", root, nil)
+	v := &volume{dir: t.TempDir()}
+	v.put(t, cacerts(t, root, good))
+	var log safeBuffer
+	c := openCACerts(t, v.dir, func(o *CACertsOptions) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	v.put(t, change(cacerts(t, root, good), "ca-key.pem", ""))
+	settled(t, c.watch)
+	for range 3 {
+		c.watch.again()
+	}
+	v.put(t, cacerts(t, root, newSomeCA(t, "Next", root, nil)))
+	<-c.Changed()
+	text := log.String()
+	if strings.Count(text, "ca-key.pem is missing") != 1 || strings.Count(text, "files are good again") != 1 || strings.Contains(text, "PRIVATE KEY") {
+		t.Errorf("the log says:\n%s", text)
+	}
+}
+
+type safeBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *safeBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *safeBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func TestAnchorsKeepTheirPromises(t *testing.T) {
+	one, two := newSomeCA(t, "One", nil, nil), newSomeCA(t, "Two", nil, nil)
+	old := newSomeCA(t, "Old", nil, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })
+	path := func(t *testing.T, text string) string {
+		file := filepath.Join(t.TempDir(), "anchors.pem")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	rewrite := func(t *testing.T, file, text string) {
+		if err := os.WriteFile(file+".new", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open := func(t *testing.T, file string) *Anchors {
+		a, err := OpenAnchors(AnchorsOptions{File: file, TrustDomain: contracttest.TrustDomain, PollInterval: quick})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { a.Close() })
+		return a
+	}
+	contracttest.Anchors(t, func(t *testing.T) (ca.Anchors, func(*testing.T)) {
+		file := path(t, pemOf(one, two))
+		return open(t, file), func(t *testing.T) { rewrite(t, file, pemOf(two)) }
+	})
+	t.Run("a bad file is refused as a whole", func(t *testing.T) {
+		leaf := newSomeCA(t, "Leaf", nil, func(c *x509.Certificate) { c.IsCA = false })
+		file := path(t, pemOf(one))
+		a := open(t, file)
+		rewrite(t, file, pemOf(two, leaf))
+		settled(t, a.watch)
+		certs, err := a.Anchors(t.Context())
+		if err != nil || len(certs) != 1 || !certs[0].Equal(one.cert) {
+			t.Errorf("%d anchors, %v", len(certs), err)
+		}
+		if err := a.Problem(); err == nil || !strings.Contains(err.Error(), "not a CA certificate") || !strings.Contains(err.Error(), file) {
+			t.Errorf("the problem is %v", err)
+		}
+		rewrite(t, file, pemOf(two))
+		<-a.Changed()
+		if err := a.Problem(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("an expired one is left out, and said", func(t *testing.T) {
+		a := open(t, path(t, pemOf(one, old)))
+		certs, err := a.Anchors(t.Context())
+		if err != nil || len(certs) != 1 {
+			t.Errorf("%d anchors, %v", len(certs), err)
+		}
+		if err := a.Problem(); err == nil || !strings.Contains(err.Error(), "left out") {
+			t.Errorf("the problem is %v", err)
+		}
+	})
+	t.Run("a missing file is said, and heals", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "anchors.pem")
+		a := open(t, file)
+		if _, err := a.Anchors(t.Context()); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("without the file: %v", err)
+		}
+		rewrite(t, file, "")
+		<-a.Changed()
+		if certs, err := a.Anchors(t.Context()); err != nil || len(certs) != 0 {
+			t.Errorf("%d anchors, %v", len(certs), err)
+		}
+	})
+}

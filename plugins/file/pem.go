@@ -1,0 +1,123 @@
+package file
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+)
+
+// Files that others wrote: several PEM blocks, with text between them, as openssl and people leave it.
+
+const (
+	certificateType = "CERTIFICATE"    // RFC 7468 5
+	crlType         = "X509 CRL"       // RFC 7468 6
+	sec1Type        = "EC PRIVATE KEY" // RFC 5915 4
+	pkcs1Type       = "RSA PRIVATE KEY"
+	curveType       = "EC PARAMETERS" // what 'openssl ecparam -genkey' writes above the key
+)
+
+// pemBlocks takes a file apart. pem.Decode passes over what it cannot read, such as a block without an end; here that is an error, so that nothing is missing
+// without a word.
+func pemBlocks(text []byte) ([]*pem.Block, error) {
+	var blocks []*pem.Block
+	for rest := text; ; {
+		block, more := pem.Decode(rest)
+		if block == nil {
+			break
+		}
+		blocks, rest = append(blocks, block), more
+	}
+	if begun := bytes.Count(text, []byte("-----BEGIN ")); begun != len(blocks) {
+		return nil, fmt.Errorf("%d PEM blocks begin in it and %d can be read: it is damaged or cut off", begun, len(blocks))
+	}
+	return blocks, nil
+}
+
+// decodeCertificates reads a file of certificates. One that is there twice is returned once.
+func decodeCertificates(text []byte) ([]*x509.Certificate, error) {
+	blocks, err := pemBlocks(text)
+	if err != nil {
+		return nil, err
+	}
+	var all []*x509.Certificate
+	for _, block := range blocks {
+		if block.Type != certificateType {
+			return nil, fmt.Errorf("it holds a PEM block %.40q: only certificates belong there", block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("its certificate number %d: %w", len(all)+1, err)
+		}
+		if !contains(all, cert) {
+			all = append(all, cert)
+		}
+	}
+	return all, nil
+}
+
+// decodeCRLs reads a file of certificate revocation lists.
+func decodeCRLs(text []byte) ([]*x509.RevocationList, error) {
+	blocks, err := pemBlocks(text)
+	if err != nil {
+		return nil, err
+	}
+	var all []*x509.RevocationList
+	for _, block := range blocks {
+		if block.Type != crlType {
+			return nil, fmt.Errorf("it holds a PEM block %.40q: only CRLs belong there", block.Type)
+		}
+		crl, err := x509.ParseRevocationList(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("its CRL number %d: %w", len(all)+1, err)
+		}
+		all = append(all, crl)
+	}
+	return all, nil
+}
+
+// decodeAnyKey reads a key in any form that has one on the way to Kedge: PKCS#8, encrypted PKCS#8, SEC1, PKCS#1. The path is only for what to do about it.
+func decodeAnyKey(path string, text []byte, p passphrase) (crypto.Signer, error) {
+	blocks, err := pemBlocks(text)
+	if err != nil {
+		return nil, err
+	}
+	var block *pem.Block
+	for _, b := range blocks {
+		defer clear(b.Bytes)
+		switch {
+		case b.Type == curveType:
+		case block != nil:
+			return nil, errors.New("it holds more than one PEM block: it must hold one key and nothing else")
+		default:
+			block = b
+		}
+	}
+	if block == nil {
+		return nil, errors.New("it holds no PEM block: it must hold the CA's private key")
+	}
+	if block.Headers["DEK-Info"] != "" || block.Headers["Proc-Type"] != "" { // RFC 1421 4.6.1: without integrity, one round of MD5
+		return nil, fmt.Errorf("it is encrypted in the old form of PEM (DEK-Info), which protects it badly: convert it with 'openssl pkcs8 -topk8 -v2 aes-256-cbc "+
+			"-v2prf hmacWithSHA256 -iter %d -in %s -out NEW', and name the passphrase file in the configuration", iterations, path)
+	}
+	var parsed any
+	switch block.Type {
+	case clearType, sealedType:
+		return openPKCS8(path, block, p)
+	case sec1Type:
+		parsed, err = x509.ParseECPrivateKey(block.Bytes)
+	case pkcs1Type:
+		parsed, err = x509.ParsePKCS1PrivateKey(block.Bytes)
+	default:
+		return nil, fmt.Errorf("it is a PEM block %.40q: it must hold the CA's private key", block.Type)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("its %s: %w", block.Type, err)
+	}
+	if p.path != "" {
+		return nil, notEncrypted(path, p)
+	}
+	return authorityKey(parsed)
+}
