@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the tests of plugins/vault against the real Vault core and the real OpenBao. Both are had once, into a cache.
+set -euo pipefail
+cd "$(dirname "$0")"
+servers=$(./build.sh)
+VAULT_BIN=$(sed -n 1p <<<"$servers") BAO_BIN=$(sed -n 2p <<<"$servers")
+export VAULT_BIN BAO_BIN
+go test -race -count=1 -timeout 20m -tags e2e ./
