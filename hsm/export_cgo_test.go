@@ -1,0 +1,60 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"crypto"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+)
+
+// InProcess loads a module into the test's own process, finds the key of a label, lets spoil do something to the module, and tells what a signature then fails with: whether that is taken
+// for the request's own fault, and the code.
+func InProcess(o Options, label string, spoil func(m *Module) error) (ofRequest bool, code uint, err error) {
+	u := o.URI
+	m, _, err := startModule(startRequest{Module: u.ModulePath, Parameters: o.Parameters, Token: u.Token, Serial: u.Serial, PINFile: u.PINSource.File, Sessions: 1})
+	if err != nil {
+		return false, 0, err
+	}
+	reply, err := m.find(m.sessions[0], findRequest{Label: label})
+	if err != nil {
+		return false, 0, err
+	}
+	request := signRequest{reference: reply.Reference, mechanism: mechanismECDSA, hash: crypto.SHA256}
+	if reply.Key.Type == "RSA" {
+		request.mechanism = mechanismPKCS1
+	}
+	digest := sha256.Sum256(nil)
+	if _, err := m.sign(m.sessions[0], request, digest[:]); err != nil {
+		return false, 0, fmt.Errorf("before anything was spoilt: %w", err)
+	}
+	if err := spoil(&Module{m}); err != nil {
+		return false, 0, err
+	}
+	_, err = m.sign(m.sessions[0], request, digest[:])
+	_ = m.ctx.Finalize()
+	var said *failure
+	if !errors.As(err, &said) {
+		return false, 0, fmt.Errorf("the signature did not fail: %v", err)
+	}
+	return (&Error{Code: said.Code, reason: said.Reason}).ofRequest(), said.Code, nil
+}
+
+// Module is a module that a test spoils.
+type Module struct{ m *module }
+
+// CloseSessions closes every session under it.
+func (m *Module) CloseSessions() error { return m.m.ctx.CloseAllSessions(m.m.slot) }
+
+// NewSession puts a session in the place of the first, which is not logged in once all others are closed.
+func (m *Module) NewSession() error {
+	if err := m.CloseSessions(); err != nil {
+		return err
+	}
+	m.m.sessions = nil
+	return m.m.open(1)
+}
+
+// Finalize finalises the module under it.
+func (m *Module) Finalize() error { return m.m.ctx.Finalize() }

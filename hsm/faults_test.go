@@ -1,0 +1,405 @@
+package hsm_test
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/hsm"
+	"kedge/test/hsmparts"
+)
+
+// eventually asks until there is no error.
+func eventually(t *testing.T, ask func() error) {
+	t.Helper()
+	limit := time.After(time.Minute)
+	for {
+		err := ask()
+		if err == nil {
+			return
+		}
+		select {
+		case <-limit:
+			t.Fatal(err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// TestWhatFailsUnderASignatureIsNeverTakenForItsOwnFault holds the codes of the modules against the table of docs/hsm.md: whatever code a lost session, login or module gives, a new generation is made.
+func TestWhatFailsUnderASignatureIsNeverTakenForItsOwnFault(t *testing.T) {
+	codes := map[string]map[string]uint{
+		"the session was closed": {"SoftHSM": 0xB3, "NSS": 0xB3, "TPM": 0xB3, "opencryptoki": 0xB3},
+		"the login was lost":     {"SoftHSM": 0x82, "NSS": 0x2, "TPM": 0x101, "opencryptoki": 0x60},
+		"it was finalised":       {"SoftHSM": 0x190, "NSS": 0xB3, "TPM": 0x190, "opencryptoki": 0x190},
+	}
+	each(t, func(t *testing.T, p *hsmparts.Part) {
+		token := open(t, p, nil)
+		generate(t, token, p.Specs[0], "kedge")
+		token.Close()
+		for fault, spoil := range map[string]func(*hsm.Module) error{
+			"the session was closed": (*hsm.Module).CloseSessions, "the login was lost": (*hsm.Module).NewSession, "it was finalised": (*hsm.Module).Finalize,
+		} {
+			ofRequest, code, err := hsm.InProcess(p.Options(), "kedge", spoil)
+			if err != nil {
+				t.Errorf("%s: %v", fault, err)
+				continue
+			}
+			if ofRequest {
+				t.Errorf("%s: the code %#x is taken for the request's own fault", fault, code)
+			}
+			if want := codes[fault][p.Name]; code != want {
+				t.Errorf("%s: the code is %#x, and the table says %#x", fault, code, want)
+			}
+		}
+	})
+}
+
+// load signs with several goroutines until it is stopped, and counts. Every signature must come, however late.
+type load struct {
+	stop    context.CancelFunc
+	running sync.WaitGroup
+	signed  atomic.Int64
+	failed  atomic.Pointer[error]
+}
+
+func startLoad(t *testing.T, s *hsm.Signer) *load {
+	ctx, cancel := context.WithCancel(t.Context())
+	l := &load{stop: cancel}
+	for i := range 4 {
+		l.running.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ {
+				digest := sha256.Sum256(fmt.Append(nil, i, n))
+				_, err := s.Sign(nil, digest[:], crypto.SHA256)
+				if err != nil {
+					l.failed.Store(&err)
+					return
+				}
+				l.signed.Add(1)
+			}
+		})
+	}
+	t.Cleanup(func() { l.end(t) })
+	return l
+}
+
+// more waits until so many more were signed.
+func (l *load) more(t *testing.T, n int64) {
+	t.Helper()
+	until := l.signed.Load() + n
+	eventually(t, func() error {
+		if err := l.failed.Load(); err != nil {
+			t.Fatalf("a signature failed: %v", *err)
+		}
+		if now := l.signed.Load(); now < until {
+			return fmt.Errorf("%d of %d signatures were made", now, until)
+		}
+		return nil
+	})
+}
+
+func (l *load) end(t *testing.T) {
+	t.Helper()
+	l.stop()
+	l.running.Wait()
+	if err := l.failed.Load(); err != nil {
+		t.Errorf("a signature failed: %v", *err)
+	}
+}
+
+func TestAChildThatIsKilledOrStoppedIsReplacedAndNoSignatureIsLost(t *testing.T) {
+	each(t, func(t *testing.T, p *hsmparts.Part) {
+		token := open(t, p, func(o *hsm.Options) { o.Deadline = 2 * time.Second })
+		signer, _ := generate(t, token, p.Specs[0], "kedge")
+		l := startLoad(t, signer)
+		for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSEGV, syscall.SIGSTOP} {
+			l.more(t, 8)
+			pid, before := token.ChildPID(), token.Restarts()
+			if err := syscall.Kill(pid, signal); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, func() error {
+				if token.Restarts() == before {
+					return fmt.Errorf("after %s there is no new child", signal)
+				}
+				return nil
+			})
+			l.more(t, 8)
+		}
+		l.end(t)
+		if err := token.Problem(); err != nil {
+			t.Errorf("there still is a problem: %v", err)
+		}
+	})
+}
+
+func TestATPMThatDiesOrStandsStillIsWaitedForAndUsedAgain(t *testing.T) {
+	p := hsmparts.NewTPM(t)
+	token := open(t, p, func(o *hsm.Options) { o.Deadline = 2 * time.Second })
+	signer, _ := generate(t, token, hsm.P256, "kedge")
+	signs(t, signer)
+
+	p.TPM.Signal(t, syscall.SIGSTOP)
+	digest := sha256.Sum256(nil)
+	short, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if _, err := signer.SignContext(short, digest[:], crypto.SHA256); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("while the TPM stands still: %v", err)
+	}
+	p.TPM.Signal(t, syscall.SIGCONT)
+	eventually(t, func() error { return sign(signer) })
+
+	p.TPM.Kill()
+	if _, err := signer.Sign(nil, digest[:], crypto.SHA256); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("while the TPM is gone: %v", err)
+	}
+	if token.Problem() == nil {
+		t.Error("there is no problem")
+	}
+	p.TPM.Start(t)
+	eventually(t, func() error { return sign(signer) })
+	if err := token.Problem(); err != nil {
+		t.Errorf("there still is a problem: %v", err)
+	}
+}
+
+func TestATokenWhoseFilesGoAwayAndComeBackIsUsedAgain(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	token := open(t, p, nil)
+	signer, _ := generate(t, token, hsm.P256, "kedge")
+	dir := filepath.Join(p.Dir, "tokens")
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	digest := sha256.Sum256(nil)
+	if _, err := signer.Sign(nil, digest[:], crypto.SHA256); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("while they are away: %v", err)
+	}
+	if err := os.Rename(dir+".away", dir); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { return sign(signer) })
+}
+
+func TestAWrongPINIsTriedOnceAndNotAgainUntilItsFileChanges(t *testing.T) {
+	for name, make := range map[string]func(testing.TB) *hsmparts.Part{"SoftHSM": hsmparts.SoftHSM, "NSS": hsmparts.NSS, "TPM": hsmparts.StrictTPM} {
+		t.Run(name, func(t *testing.T) {
+			p := make(t)
+			first := open(t, p, nil)
+			generate(t, first, hsm.P256, "kedge")
+			first.Close()
+			pin := p.URI.PINSource.File
+			wrong := "654321"
+			rewrite(t, pin, wrong)
+			var log bytes.Buffer
+			locked := func(o *hsm.Options) {
+				o.Logger = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+			}
+			token := open(t, p, locked)
+			for range 3 {
+				if _, err := token.Keys(t.Context()); !errors.Is(err, hsm.ErrWrongPIN) || strings.Contains(err.Error(), wrong) {
+					t.Fatalf("with a wrong PIN: %v", err)
+				}
+			}
+			token.Close()
+			again := open(t, p, locked) // a restart
+			if _, err := again.Keys(t.Context()); !errors.Is(err, hsm.ErrWrongPIN) || !strings.Contains(err.Error(), "write the right PIN into it") {
+				t.Errorf("after a restart: %v", err)
+			}
+			if n := strings.Count(log.String(), "the token refused the PIN ("); n != 1 { // each try says so
+				t.Errorf("the PIN was tried %d times:\n%s", n, log.String())
+			}
+			rewrite(t, pin, hsmparts.PIN)
+			if _, err := again.Keys(t.Context()); err != nil {
+				t.Errorf("with the right PIN: %v", err)
+			}
+			if text := log.String(); strings.Contains(text, wrong) || strings.Contains(text, hsmparts.PIN) {
+				t.Errorf("a PIN is in the log:\n%s", text)
+			}
+		})
+	}
+}
+
+// rewrite puts another file in the place of one.
+func rewrite(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAPINThatCannotBeReadIsAnErrorAndNeverAnEmptyPIN(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	pin := p.URI.PINSource.File
+	for want, spoil := range map[string]func() error{
+		"it is empty":           func() error { return os.WriteFile(pin, []byte("\n"), 0o600) },
+		"no such file":          func() error { return os.Remove(pin) },
+		"is not a plain file":   func() error { return errors.Join(os.Remove(pin), os.Mkdir(pin, 0o700)) },
+		"more than one line":    func() error { return os.WriteFile(pin, []byte("123456\n123456\n"), 0o600) },
+		"has more than 1024 oc": func() error { return os.WriteFile(pin, bytes.Repeat([]byte("1"), 2000), 0o600) },
+	} {
+		if err := os.RemoveAll(pin); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(pin, []byte(hsmparts.PIN), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := spoil(); err != nil {
+			t.Fatal(err)
+		}
+		token := open(t, p, nil)
+		if _, err := token.Keys(t.Context()); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), want) {
+			t.Errorf("want %q: %v", want, err)
+		}
+	}
+}
+
+func TestThePINMayComeFromTheEnvironmentAndStaysOutOfTheChilds(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	t.Setenv("KEDGE_TEST_PIN", hsmparts.PIN)
+	token := open(t, p, func(o *hsm.Options) { o.URI.PINSource = hsm.PINSource{Variable: "KEDGE_TEST_PIN"} })
+	if _, err := token.Keys(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"environ", "cmdline"} {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", token.ChildPID(), file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(text, []byte(hsmparts.PIN)) {
+			t.Errorf("the PIN is in the child's %s", file)
+		}
+	}
+	unset := open(t, p, func(o *hsm.Options) { o.URI.PINSource = hsm.PINSource{Variable: "KEDGE_TEST_NO_PIN"} })
+	if _, err := unset.Keys(t.Context()); err == nil || !strings.Contains(err.Error(), "KEDGE_TEST_NO_PIN is not set") {
+		t.Errorf("a variable that is not set: %v", err)
+	}
+}
+
+func TestTheChildKeepsOutOfDumpsAndEndsWithItsParent(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	token := open(t, p, nil)
+	if _, err := token.Keys(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	pid := token.ChildPID()
+	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(limits)) {
+		if fields := strings.Fields(line); strings.HasPrefix(line, "Max core file size") && fields[4] != "0" {
+			t.Errorf("core dumps: %s", line)
+		}
+	}
+	info, err := os.Stat(fmt.Sprintf("/proc/%d/mem", pid)) // root's, for what is not dumpable
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stat := info.Sys().(*syscall.Stat_t); stat.Uid != 0 {
+		t.Error("the child is dumpable")
+	}
+	if err := token.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
+		t.Errorf("the child is there after the end: %v", err)
+	}
+}
+
+// fakeChild is the variable with which the test program is a child that misbehaves.
+const fakeChild = "KEDGE_TEST_FAKE_CHILD"
+
+// misbehave is a child that does not keep to what was agreed, in one of several ways.
+func misbehave(how string) int {
+	socket := os.NewFile(3, "parent")
+	read := func() (kind byte, id uint64, generation uint64) {
+		var length [4]byte
+		if _, err := socket.Read(length[:]); err != nil {
+			os.Exit(0)
+		}
+		body := make([]byte, binary.BigEndian.Uint32(length[:]))
+		if _, err := socket.Read(body); err != nil {
+			os.Exit(0)
+		}
+		return body[0], binary.BigEndian.Uint64(body[1:]), binary.BigEndian.Uint64(body[9:])
+	}
+	write := func(kind byte, id, generation uint64, payload string) {
+		b := binary.BigEndian.AppendUint32(nil, uint32(18+len(payload)))
+		b = append(b, kind)
+		b = binary.BigEndian.AppendUint64(b, id)
+		b = binary.BigEndian.AppendUint64(b, generation)
+		_, _ = socket.Write(append(append(b, 0), payload...))
+	}
+	kind, id, generation := read()
+	switch how {
+	case "garbage":
+		_, _ = socket.Write(bytes.Repeat([]byte{0, 0, 0, 20, 99}, 100))
+	case "a long frame":
+		_, _ = socket.Write([]byte{0xff, 0xff, 0xff, 0xff})
+	case "another version":
+		write(kind, id, generation, "kedge hsm 0")
+	case "another generation":
+		write(kind, id, generation+1, hsm.Protocol)
+	case "no answer": // as /bin/true would
+		return 0
+	case "no JSON":
+		write(kind, id, generation, hsm.Protocol)
+		_, id, generation = read()
+		write(9, id, generation, "nothing that can be read")
+	}
+	for {
+		read()
+	}
+}
+
+func TestAChildThatMisbehavesIsTrustedInNothing(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	for how, want := range map[string]string{
+		"garbage": "unknown kind 99", "a long frame": "longer than", "another version": "they are not the same program", "another generation": "answered for generation",
+		"no answer": "the child that the module lives in", "no JSON": "cannot be read",
+	} {
+		t.Setenv(fakeChild, how)
+		token := open(t, p, nil)
+		if _, err := token.Keys(t.Context()); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", how, err)
+		}
+		token.Close()
+	}
+}
+
+func TestAModuleThatIsNoneIsToldFromATokenThatIsAway(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	for path, want := range map[string]string{"/nowhere/module.so": "cannot be loaded", p.URI.PINSource.File: "cannot be loaded"} {
+		token := open(t, p, func(o *hsm.Options) { o.URI.ModulePath = path })
+		if _, err := token.Keys(t.Context()); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	for want, spoil := range map[string]func(*hsm.Options){
+		"module-path is missing": func(o *hsm.Options) { o.URI.ModulePath = "" },
+		"names no token":         func(o *hsm.Options) { o.URI.Token = "" },
+	} {
+		o := p.Options()
+		spoil(&o)
+		if _, err := hsm.Open(o); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("want %q: %v", want, err)
+		}
+	}
+}

@@ -1,0 +1,628 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"unsafe"
+
+	"github.com/miekg/pkcs11"
+)
+
+// module is a PKCS#11 module with a login to one token. It lives in the child.
+type module struct {
+	ctx      *pkcs11.Ctx
+	slot     uint
+	sessions []pkcs11.SessionHandle
+
+	changes sync.Mutex // of the token's objects
+
+	mu   sync.RWMutex
+	keys []signingKey // by reference
+}
+
+type signingKey struct {
+	handle pkcs11.ObjectHandle
+	public []byte // SubjectPublicKeyInfo
+}
+
+// failed says which function of the module failed, and how.
+func failed(function string, err error) error {
+	if err == nil {
+		return nil
+	}
+	f := &failure{Reason: reasonModule, Function: function, Text: fmt.Sprintf("%s: %v", function, err)}
+	var code pkcs11.Error
+	if errors.As(err, &code) {
+		f.Code = uint(code)
+	}
+	return f
+}
+
+func startModule(r startRequest) (started *module, reply startReply, err error) {
+	m := &module{ctx: pkcs11.New(r.Module)}
+	if m.ctx == nil {
+		return nil, reply, &failure{Reason: reasonToken, Text: fmt.Sprintf("the module %s cannot be loaded: see that the file is there, is a PKCS#11 module for this machine, and has the libraries that it needs (ldd)", r.Module)}
+	}
+	var options []pkcs11.InitializeOption
+	if r.Parameters != "" {
+		text := append([]byte(r.Parameters), 0)
+		options = append(options, pkcs11.InitializeWithReserved(unsafe.Pointer(&text[0])))
+	}
+	if err := m.ctx.Initialize(options...); err != nil {
+		return nil, reply, failed("C_Initialize", err)
+	}
+	defer func() {
+		if err != nil {
+			m.finalize()
+		}
+	}()
+	info, flags, err := m.choose(r)
+	if err != nil {
+		return nil, reply, err
+	}
+	reply.Info = info
+	if err := m.open(r.Sessions); err != nil {
+		return nil, reply, err
+	}
+	if reply.Source, err = m.login(r, flags); err != nil {
+		return nil, reply, err
+	}
+	return m, reply, nil
+}
+
+// choose finds the slot of the token by what the token says of itself.
+func (m *module) choose(r startRequest) (info Info, flags uint, err error) {
+	slots, err := m.ctx.GetSlotList(true)
+	if err != nil {
+		return info, 0, failed("C_GetSlotList", err)
+	}
+	trim := func(text string) string { return strings.TrimRight(text, " \x00") }
+	fits := func(want, got string) bool { return want == "" || want == trim(got) }
+	var found, others []string
+	for _, slot := range slots {
+		t, err := m.ctx.GetTokenInfo(slot)
+		if err != nil {
+			others = append(others, fmt.Sprintf("slot %d: %v", slot, err))
+			continue
+		}
+		name := fmt.Sprintf("%q (serial %s)", trim(t.Label), trim(t.SerialNumber))
+		if !fits(r.Token, t.Label) || !fits(r.Serial, t.SerialNumber) || !fits(r.Manufacturer, t.ManufacturerID) || !fits(r.Model, t.Model) || t.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			if t.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 {
+				others = append(others, name)
+			}
+			continue
+		}
+		found = append(found, name)
+		m.slot, flags = slot, t.Flags
+		info = Info{Label: trim(t.Label), Serial: trim(t.SerialNumber), Manufacturer: trim(t.ManufacturerID), Model: trim(t.Model), Module: r.Module,
+			Firmware: fmt.Sprintf("%d.%d", t.FirmwareVersion.Major, t.FirmwareVersion.Minor)}
+	}
+	switch {
+	case len(found) == 0 && len(others) == 0:
+		return info, 0, &failure{Reason: reasonToken, Text: "the module sees no token: see that it is plugged in, initialised, and that the module's own configuration names it"}
+	case len(found) == 0:
+		return info, 0, &failure{Reason: reasonToken, Text: "the module does not see the token that is named; it sees " + strings.Join(others, ", ")}
+	case len(found) > 1:
+		return info, 0, &failure{Reason: reasonToken, Text: "several tokens fit: " + strings.Join(found, ", ") + "; name one by serial="}
+	}
+	if library, err := m.ctx.GetInfo(); err == nil {
+		info.Library = fmt.Sprintf("%s %d.%d", trim(library.LibraryDescription), library.LibraryVersion.Major, library.LibraryVersion.Minor)
+	}
+	mechanisms, err := m.ctx.GetMechanismList(m.slot)
+	if err != nil {
+		return info, 0, failed("C_GetMechanismList", err)
+	}
+	for _, mechanism := range mechanisms {
+		info.Mechanisms = append(info.Mechanisms, mechanism.Mechanism)
+	}
+	slices.Sort(info.Mechanisms)
+	return info, flags, nil
+}
+
+// open opens as many sessions as were asked for, or as many as the token allows.
+func (m *module) open(sessions int) error {
+	for range sessions {
+		session, err := m.ctx.OpenSession(m.slot, pkcs11.CKF_SERIAL_SESSION)
+		if err != nil && len(m.sessions) > 0 {
+			return nil
+		}
+		if err != nil {
+			return failed("C_OpenSession", err)
+		}
+		m.sessions = append(m.sessions, session)
+	}
+	return nil
+}
+
+// login reads the PIN, tries it once, and wipes it. The copy of the binding is freed unwiped, in a process that does little else.
+func (m *module) login(r startRequest, flags uint) (source sourceIdentity, err error) {
+	switch {
+	case flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
+		return source, &failure{Reason: reasonLocked, Text: "the token has locked the PIN after too many wrong ones: unlock it with its own tools"}
+	case r.PINFile == "" && !r.PINPipe && flags&pkcs11.CKF_LOGIN_REQUIRED == 0:
+		return source, nil
+	case r.PINFile == "" && !r.PINPipe:
+		return source, &failure{Reason: reasonPINSource, Text: "the token wants a PIN, and the URI has no pin-source: name a file, pin-source=file:/path"}
+	}
+	pin, source, err := pinOf(r)
+	if err != nil {
+		return source, &failure{Reason: reasonPINSource, Text: fmt.Sprintf("reading the PIN: %v", err)}
+	}
+	defer clear(pin)
+	err = m.ctx.Login(m.sessions[0], pkcs11.CKU_USER, string(pin))
+	var code pkcs11.Error
+	if !errors.As(err, &code) || code == pkcs11.CKR_USER_ALREADY_LOGGED_IN {
+		return source, nil
+	}
+	switch code {
+	case pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED:
+		return source, &failure{Reason: reasonPIN, Function: "C_Login", Code: uint(code), Source: source, Text: fmt.Sprintf("the token refused the PIN (%v)", code)}
+	case pkcs11.CKR_PIN_LOCKED:
+		return source, &failure{Reason: reasonLocked, Function: "C_Login", Code: uint(code), Source: source, Text: "the token has locked the PIN after too many wrong ones: unlock it with its own tools"}
+	}
+	return source, failed("C_Login", err)
+}
+
+func pinOf(r startRequest) ([]byte, sourceIdentity, error) {
+	if r.PINPipe {
+		pipe := os.NewFile(pinDescriptor, "pin")
+		defer pipe.Close()
+		pin, err := readPIN(pipe)
+		return pin, r.PINSource, err
+	}
+	file, source, err := openPINFile(r.PINFile)
+	if err != nil {
+		return nil, source, err
+	}
+	defer file.Close()
+	pin, err := readPIN(file)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", r.PINFile, err)
+	}
+	return pin, source, err
+}
+
+func (m *module) ping(session pkcs11.SessionHandle) error {
+	info, err := m.ctx.GetSessionInfo(session)
+	if err != nil {
+		return failed("C_GetSessionInfo", err)
+	}
+	if info.State != pkcs11.CKS_RO_USER_FUNCTIONS && info.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+		return &failure{Reason: reasonModule, Function: "C_GetSessionInfo", Code: pkcs11.CKR_USER_NOT_LOGGED_IN, Text: "the session is not logged in"}
+	}
+	return nil
+}
+
+// finalize ends the module, once nobody calls it any more.
+func (m *module) finalize() {
+	if len(m.sessions) > 0 {
+		_ = m.ctx.Logout(m.sessions[0])
+		_ = m.ctx.CloseAllSessions(m.slot)
+	}
+	_ = m.ctx.Finalize()
+	m.ctx.Destroy()
+}
+
+// digestInfo begins what PKCS #1 v1.5 signs (RFC 8017 9.2, note 1): the DER up to the digest.
+var digestInfo = map[crypto.Hash][]byte{
+	crypto.SHA256: {0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0x04, 0x20},
+	crypto.SHA384: {0x30, 0x41, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x02, 0x05, 0x00, 0x04, 0x30},
+	crypto.SHA512: {0x30, 0x51, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x03, 0x05, 0x00, 0x04, 0x40},
+}
+
+// pssHash is a hash in PSS: its mechanism, its mask generation function.
+var pssHash = map[crypto.Hash][2]uint{
+	crypto.SHA256: {pkcs11.CKM_SHA256, pkcs11.CKG_MGF1_SHA256}, crypto.SHA384: {pkcs11.CKM_SHA384, pkcs11.CKG_MGF1_SHA384}, crypto.SHA512: {pkcs11.CKM_SHA512, pkcs11.CKG_MGF1_SHA512},
+}
+
+// sign signs a digest. What comes back is as PKCS#11 has it: for ECDSA r and s, one after the other.
+func (m *module) sign(session pkcs11.SessionHandle, r signRequest, digest []byte) ([]byte, error) {
+	m.mu.RLock()
+	known := int(r.reference) < len(m.keys)
+	var key pkcs11.ObjectHandle
+	if known {
+		key = m.keys[r.reference].handle
+	}
+	m.mu.RUnlock()
+	if !known {
+		return nil, &failure{Reason: reasonRequest, Text: "the key was not looked for in this generation"}
+	}
+	if !r.hash.Available() || len(digest) != r.hash.Size() {
+		return nil, &failure{Reason: reasonRequest, Text: fmt.Sprintf("a digest of %d octets is not one of %v", len(digest), r.hash)}
+	}
+	var mechanism *pkcs11.Mechanism
+	data := digest
+	switch r.mechanism {
+	case mechanismECDSA:
+		mechanism = pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)
+	case mechanismPKCS1:
+		prefix, ok := digestInfo[r.hash]
+		if !ok {
+			return nil, &failure{Reason: reasonRequest, Text: fmt.Sprintf("PKCS#1 signatures with %v are not made", r.hash)}
+		}
+		mechanism, data = pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS, nil), slices.Concat(prefix, digest)
+	case mechanismPSS:
+		hash, ok := pssHash[r.hash]
+		if !ok {
+			return nil, &failure{Reason: reasonRequest, Text: fmt.Sprintf("PSS signatures with %v are not made", r.hash)}
+		}
+		mechanism = pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_PSS, pkcs11.NewPSSParams(hash[0], hash[1], uint(r.salt)))
+	default:
+		return nil, &failure{Reason: reasonRequest, Text: fmt.Sprintf("unknown mechanism %d", r.mechanism)}
+	}
+	if err := m.ctx.SignInit(session, []*pkcs11.Mechanism{mechanism}, key); err != nil {
+		return nil, failed("C_SignInit", err)
+	}
+	signature, err := m.ctx.Sign(session, data)
+	return signature, failed("C_Sign", err)
+}
+
+// foundKey is a private key on the token.
+type foundKey struct {
+	handle pkcs11.ObjectHandle
+	data   keyData
+}
+
+// maxObjects is how many objects of a search are looked at.
+const maxObjects = 4096
+
+func (m *module) search(session pkcs11.SessionHandle, template ...*pkcs11.Attribute) (all []pkcs11.ObjectHandle, err error) {
+	if err := m.ctx.FindObjectsInit(session, template); err != nil {
+		return nil, failed("C_FindObjectsInit", err)
+	}
+	for len(all) < maxObjects {
+		some, _, err := m.ctx.FindObjects(session, 64)
+		if err != nil {
+			_ = m.ctx.FindObjectsFinal(session) // the first error says what is wrong
+			return nil, failed("C_FindObjects", err)
+		}
+		if len(some) == 0 {
+			break
+		}
+		all = append(all, some...)
+	}
+	return all, failed("C_FindObjectsFinal", m.ctx.FindObjectsFinal(session))
+}
+
+// attribute asks for one attribute. Tokens leave out what they do not have: then it is nil. Any other error is the token's.
+func (m *module) attribute(session pkcs11.SessionHandle, object pkcs11.ObjectHandle, kind uint) ([]byte, error) {
+	got, err := m.ctx.GetAttributeValue(session, object, []*pkcs11.Attribute{pkcs11.NewAttribute(kind, nil)})
+	var code pkcs11.Error
+	if errors.As(err, &code) {
+		switch code {
+		case pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_SENSITIVE, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_FUNCTION_NOT_SUPPORTED:
+			return nil, nil
+		}
+		return nil, failed("C_GetAttributeValue", err)
+	}
+	if err != nil || len(got) != 1 {
+		return nil, err
+	}
+	return got[0].Value, nil
+}
+
+// privateKeys lists the private keys of a label, an id, or all, with what the token says of each.
+func (m *module) privateKeys(session pkcs11.SessionHandle, label string, id []byte) (all []foundKey, err error) {
+	template := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)}
+	if label != "" {
+		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_LABEL, label))
+	}
+	if len(id) > 0 {
+		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_ID, id))
+	}
+	handles, err := m.search(session, template...)
+	if err != nil {
+		return nil, err
+	}
+	for _, handle := range handles {
+		data, err := m.describe(session, handle)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, foundKey{handle, data})
+	}
+	return all, nil
+}
+
+func (m *module) describe(session pkcs11.SessionHandle, handle pkcs11.ObjectHandle) (k keyData, err error) {
+	get := func(kind uint) (value []byte) {
+		if err == nil {
+			value, err = m.attribute(session, handle, kind)
+		}
+		return value
+	}
+	said := func(kind uint) Said {
+		switch value := get(kind); {
+		case len(value) != 1:
+			return Unsaid
+		case value[0] == 0:
+			return No
+		}
+		return Yes
+	}
+	k.Label, k.ID = string(get(pkcs11.CKA_LABEL)), get(pkcs11.CKA_ID)
+	kind := number(get(pkcs11.CKA_KEY_TYPE))
+	k.Sign, k.Sensitive, k.Extractable = said(pkcs11.CKA_SIGN), said(pkcs11.CKA_SENSITIVE), said(pkcs11.CKA_EXTRACTABLE)
+	k.NeverExtractable, k.AlwaysSensitive = said(pkcs11.CKA_NEVER_EXTRACTABLE), said(pkcs11.CKA_ALWAYS_SENSITIVE)
+	k.Local, k.AlwaysAuthenticate = said(pkcs11.CKA_LOCAL), said(pkcs11.CKA_ALWAYS_AUTHENTICATE)
+	var pub crypto.PublicKey
+	switch kind {
+	case pkcs11.CKK_EC:
+		k.Type = "EC"
+		pub = ecPublic(get(pkcs11.CKA_EC_PARAMS), get(pkcs11.CKA_EC_POINT))
+	case pkcs11.CKK_RSA:
+		k.Type = "RSA"
+		pub = rsaPublic(get(pkcs11.CKA_MODULUS), get(pkcs11.CKA_PUBLIC_EXPONENT))
+	default:
+		k.Type = fmt.Sprintf("type %#x", kind)
+	}
+	if err != nil {
+		return k, err
+	}
+	if pub == nil {
+		if pub, err = m.publicOf(session, kind, k.Label, k.ID); err != nil {
+			return k, err
+		}
+	}
+	if pub != nil {
+		if k.PublicDER, err = x509.MarshalPKIXPublicKey(pub); err != nil {
+			return k, &failure{Reason: reasonModule, Text: fmt.Sprintf("%s: encoding its public key: %v", k, err)}
+		}
+		k.Spec = specOf(pub)
+	}
+	return k, nil
+}
+
+// publicOf finds the public half of a private key: a public key, or a certificate, of the same id, or without one of the same label.
+func (m *module) publicOf(session pkcs11.SessionHandle, kind uint, label string, id []byte) (crypto.PublicKey, error) {
+	same := pkcs11.NewAttribute(pkcs11.CKA_ID, id)
+	if len(id) == 0 {
+		same = pkcs11.NewAttribute(pkcs11.CKA_LABEL, label)
+	}
+	handles, err := m.search(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, kind), same)
+	if err != nil {
+		return nil, err
+	}
+	var found []crypto.PublicKey
+	for _, handle := range handles {
+		var pub crypto.PublicKey
+		first, second := uint(pkcs11.CKA_EC_PARAMS), uint(pkcs11.CKA_EC_POINT)
+		if kind == pkcs11.CKK_RSA {
+			first, second = pkcs11.CKA_MODULUS, pkcs11.CKA_PUBLIC_EXPONENT
+		}
+		a, err := m.attribute(session, handle, first)
+		if err != nil {
+			return nil, err
+		}
+		b, err := m.attribute(session, handle, second)
+		if err != nil {
+			return nil, err
+		}
+		if kind == pkcs11.CKK_RSA {
+			pub = rsaPublic(a, b)
+		} else {
+			pub = ecPublic(a, b)
+		}
+		if pub != nil {
+			found = append(found, pub)
+		}
+	}
+	if len(found) == 0 {
+		if handles, err = m.search(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_CERTIFICATE), same); err != nil {
+			return nil, err
+		}
+		for _, handle := range handles {
+			der, err := m.attribute(session, handle, pkcs11.CKA_VALUE)
+			if err != nil {
+				return nil, err
+			}
+			if cert, err := x509.ParseCertificate(der); err == nil {
+				found = append(found, cert.PublicKey)
+			}
+		}
+	}
+	if len(found) != 1 { // of several nobody knows which one belongs to it
+		return nil, nil
+	}
+	return found[0], nil
+}
+
+// number reads a CK_ULONG, which is in the machine's own order.
+func number(value []byte) (n uint) {
+	if len(value) == int(unsafe.Sizeof(n)) {
+		copy(unsafe.Slice((*byte)(unsafe.Pointer(&n)), len(value)), value)
+	}
+	return n
+}
+
+var curves = map[string]elliptic.Curve{"1.2.840.10045.3.1.7": elliptic.P256(), "1.3.132.0.34": elliptic.P384()}
+
+var curveParams = map[Spec][]byte{
+	P256: {0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07},
+	P384: {0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x22},
+}
+
+// ecPublic reads CKA_EC_PARAMS, the OID of a curve, and CKA_EC_POINT, a DER OCTET STRING, or from some tokens the octets alone. It is nil for what is not known here.
+func ecPublic(params, point []byte) crypto.PublicKey {
+	var oid asn1.ObjectIdentifier
+	if rest, err := asn1.Unmarshal(params, &oid); err != nil || len(rest) > 0 || len(point) == 0 {
+		return nil
+	}
+	curve := curves[oid.String()]
+	if curve == nil {
+		return nil
+	}
+	var inner []byte
+	if rest, err := asn1.Unmarshal(point, &inner); err == nil && len(rest) == 0 {
+		point = inner
+	}
+	pub, err := ecdsa.ParseUncompressedPublicKey(curve, point)
+	if err != nil {
+		return nil
+	}
+	return pub
+}
+
+func rsaPublic(modulus, exponent []byte) crypto.PublicKey {
+	e := new(big.Int).SetBytes(exponent)
+	if len(modulus) == 0 || !e.IsInt64() || e.Int64() < 3 || e.Int64() > 1<<31-1 {
+		return nil
+	}
+	return &rsa.PublicKey{N: new(big.Int).SetBytes(modulus), E: int(e.Int64())}
+}
+
+// find finds the one private key that belongs to a public key, or has the label and id.
+func (m *module) find(session pkcs11.SessionHandle, r findRequest) (findReply, error) {
+	all, err := m.privateKeys(session, r.Label, r.ID)
+	if err != nil {
+		return findReply{}, err
+	}
+	var fit []foundKey
+	for _, key := range all {
+		if len(r.Public) == 0 || bytes.Equal(key.data.PublicDER, r.Public) {
+			fit = append(fit, key)
+		}
+	}
+	switch {
+	case len(fit) == 0 && len(all) == 0:
+		return findReply{}, &failure{Reason: reasonNotFound, Text: "the token has no private key" + wanted(r.Label, r.ID)}
+	case len(fit) == 0:
+		return findReply{}, &failure{Reason: reasonNotFound, Text: fmt.Sprintf("of the token's %d private keys%s none belongs to the public key", len(all), wanted(r.Label, r.ID))}
+	case len(fit) > 1:
+		return findReply{}, &failure{Reason: reasonAmbiguous, Text: fmt.Sprintf("%d private keys on the token fit, for instance %s and %s: name one by its id, or remove the others", len(fit), fit[0].data, fit[1].data)}
+	}
+	key := fit[0]
+	switch {
+	case key.data.AlwaysAuthenticate == Yes:
+		return findReply{}, &failure{Reason: reasonRefused, Text: fmt.Sprintf("the %s wants the PIN for each signature (CKA_ALWAYS_AUTHENTICATE): make one that does not", key.data)}
+	case key.data.Sign == No:
+		return findReply{}, &failure{Reason: reasonRefused, Text: fmt.Sprintf("the %s may not sign (CKA_SIGN is false)", key.data)}
+	case key.data.PublicDER == nil:
+		return findReply{}, &failure{Reason: reasonRefused, Text: fmt.Sprintf("the token does not say the public half of the %s: put its public key or its certificate there, with the same id", key.data)}
+	case key.data.Spec == "":
+		return findReply{}, &failure{Reason: reasonRefused, Text: fmt.Sprintf("the %s is of a kind that CAs do not have: P-256, P-384 and RSA of 2048, 3072 or 4096 bits", key.data)}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	reference := slices.IndexFunc(m.keys, func(k signingKey) bool { return k.handle == key.handle && bytes.Equal(k.public, key.data.PublicDER) })
+	if reference < 0 {
+		reference = len(m.keys)
+		m.keys = append(m.keys, signingKey{key.handle, key.data.PublicDER})
+	}
+	return findReply{uint32(reference), key.data}, nil
+}
+
+func wanted(label string, id []byte) (text string) {
+	if label != "" {
+		text += fmt.Sprintf(" with the label %q", label)
+	}
+	if len(id) > 0 {
+		text += fmt.Sprintf(" with the id %x", id)
+	}
+	return text
+}
+
+func (m *module) list(session pkcs11.SessionHandle, r listRequest) ([]keyData, error) {
+	all, err := m.privateKeys(session, r.Label, r.ID)
+	keys := make([]keyData, 0, len(all))
+	for _, key := range all {
+		keys = append(keys, key.data)
+	}
+	return keys, err
+}
+
+// change does something to the token's objects, in a session of its own that may.
+func (m *module) change(do func(session pkcs11.SessionHandle) error) error {
+	m.changes.Lock()
+	defer m.changes.Unlock()
+	session, err := m.ctx.OpenSession(m.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return failed("C_OpenSession", err)
+	}
+	defer m.ctx.CloseSession(session)
+	return do(session)
+}
+
+// generate makes a key pair, unless there is a private key with the label or the id.
+func (m *module) generate(r generateRequest) error {
+	return m.change(func(session pkcs11.SessionHandle) error {
+		for _, by := range []listRequest{{Label: r.Label}, {ID: r.ID}} {
+			there, err := m.privateKeys(session, by.Label, by.ID)
+			if err != nil {
+				return err
+			}
+			if len(there) > 0 {
+				return &failure{Reason: reasonExists, Text: fmt.Sprintf("the token has the %s already: choose another label and id", there[0].data)}
+			}
+		}
+		public := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_VERIFY, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, r.Label),
+			pkcs11.NewAttribute(pkcs11.CKA_ID, r.ID)}
+		private := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true), pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
+			pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false), pkcs11.NewAttribute(pkcs11.CKA_SIGN, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, r.Label),
+			pkcs11.NewAttribute(pkcs11.CKA_ID, r.ID)}
+		mechanism := pkcs11.NewMechanism(pkcs11.CKM_EC_KEY_PAIR_GEN, nil)
+		if params, ok := curveParams[r.Spec]; ok {
+			public = append(public, pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, params))
+		} else if bits := rsaBits[r.Spec]; bits > 0 {
+			mechanism = pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)
+			public = append(public, pkcs11.NewAttribute(pkcs11.CKA_MODULUS_BITS, bits), pkcs11.NewAttribute(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}))
+		} else {
+			return &failure{Reason: reasonRequest, Text: fmt.Sprintf("the kind of key %q is unknown", r.Spec)}
+		}
+		_, _, err := m.ctx.GenerateKeyPair(session, []*pkcs11.Mechanism{mechanism}, public, private)
+		return failed("C_GenerateKeyPair", err)
+	})
+}
+
+var rsaBits = map[Spec]int{RSA2048: 2048, RSA3072: 3072, RSA4096: 4096}
+
+// remove destroys the one private key that belongs to a public key, and what the token has of its public half. What is not there is no error.
+func (m *module) remove(r deleteRequest) error {
+	return m.change(func(session pkcs11.SessionHandle) error {
+		all, err := m.privateKeys(session, r.Label, r.ID)
+		if err != nil {
+			return err
+		}
+		var fit []foundKey
+		for _, key := range all {
+			if len(r.Public) == 0 || bytes.Equal(key.data.PublicDER, r.Public) {
+				fit = append(fit, key)
+			}
+		}
+		if len(fit) > 1 {
+			return &failure{Reason: reasonAmbiguous, Text: fmt.Sprintf("%d private keys on the token fit, for instance %s and %s: nothing is deleted", len(fit), fit[0].data, fit[1].data)}
+		}
+		for _, key := range fit {
+			if err := m.ctx.DestroyObject(session, key.handle); err != nil {
+				return failed("C_DestroyObject", err)
+			}
+			if len(key.data.ID) == 0 {
+				continue
+			}
+			public, err := m.search(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_ID, []byte(key.data.ID)))
+			if err != nil {
+				return err
+			}
+			for _, handle := range public {
+				if err := m.ctx.DestroyObject(session, handle); err != nil {
+					return failed("C_DestroyObject", err)
+				}
+			}
+		}
+		return nil
+	})
+}
