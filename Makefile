@@ -29,8 +29,9 @@ test: packages build ## everything that needs only Go and small Debian packages
 fuzz: ## every fuzz target for a while: make fuzz KEDGE_FUZZ_TIME=1m
 	@test/fuzz.sh
 
-e2e: build ## against the real istio-agent and Istio's own client libraries
+e2e: build ## against the real istio-agent and Istio's own client libraries, and against real servers of Vault and OpenBao
 	@test/istio/run.sh $(BIN)
+	@test/vault/run.sh
 
 crash: packages build ## kill -9 under load a thousand times, cut the power a thousand times: an hour; KEDGE_KILLS, KEDGE_CUTS
 	KEDGE_BIN=$(BIN) KEDGE_KILLS=$${KEDGE_KILLS:-1000} KEDGE_CUTS=$${KEDGE_CUTS:-1000} go test -race -count=1 -timeout 5h -v -run 'KillNine|PowerCut' ./test/crash/

@@ -120,11 +120,22 @@ trusted because certificates under it are still alive, a removed one is history.
 				if a.Renews != nil {
 					renews = people(*a.Renews)
 				}
-				table.row(short(a.ID), a.Role.String(), state, a.KeyType, people(a.NotAfter), renews, fmt.Sprint(a.LiveSVIDs), a.Coverage.Kind)
+				table.row(short(a.ID), a.Role.String(), state, a.KeyType, people(a.NotAfter), renews, fmt.Sprint(a.LiveSVIDs), coverageText(a.Coverage))
 			}
 			return table.Flush()
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
+}
+
+// coverageText says what the ledger knows of the certificates under an authority, and for how long others may live that it does not know.
+func coverageText(c ledger.Coverage) string {
+	switch {
+	case c.Since != 0:
+		return c.Kind + " " + people(c.Since.Time())
+	case c.Until != 0:
+		return c.Kind + " until " + people(c.Until.Time())
+	}
+	return c.Kind
 }

@@ -73,6 +73,10 @@ func findFaults(c *config.Config) (faults []fault) {
 		faults = append(faults, fault{key: "dataDir", err: err})
 	}
 	look("root.file.passphraseFile", c.Root.File.PassphraseFile, regular(file.CheckPassphraseFile), "")
+	look("root.cacerts.passphraseFile", c.Root.CACerts.PassphraseFile, regular(file.CheckPassphraseFile), "")
+	look("root.anchorsFile", c.Root.AnchorsFile, regular(func(path string) error { _, err := readCertificates(path); return err }), "")
+	look("root.pkcs11.certificateFile", c.Root.PKCS11.CertificateFile, regular(func(path string) error { _, err := readCertificates(path); return err }), "")
+	look("vault.caFile", c.Vault.CAFile, regular(func(path string) error { _, err := readRoots(path); return err }), "")
 	look("issuingCA.passphraseFile", c.IssuingCA.PassphraseFile, regular(file.CheckPassphraseFile), "")
 	look("tracing.caFile", c.Tracing.CAFile, regular(func(path string) error { _, err := readRoots(path); return err }), "")
 	for i, issuer := range c.Callers.TokenIssuers {

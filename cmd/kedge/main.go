@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kedge/hsm"
 	"kedge/issuer/admin"
 )
 
@@ -35,6 +36,9 @@ func (u usageError) Unwrap() error { return u.error }
 var errFound = errors.New("something is wrong, see above")
 
 func main() {
+	if hsm.IsChild(os.Args) {
+		os.Exit(hsm.ChildMain())
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // the second signal ends the process as it ends any other
 	os.Exit(run(ctx, os.Args[1:]))
@@ -83,7 +87,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no CA is 
 	root.PersistentFlags().StringVar(&t.config, "config", "", "configuration file; without it the defaults hold")
 	root.PersistentFlags().StringVar(&t.data, "data", "", "data folder, instead of the configuration's dataDir")
 	root.AddCommand(newServeCommand(t), newTokenCommand(t), newSVIDCommand(t), newAuthorityCommand(t), newBundleCommand(t), newLedgerCommand(t),
-		newBackupCommand(t), newRestoreCommand(t), newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
+		newBackupCommand(t), newRestoreCommand(t), newKeyCommand(), newCeremonyCommand(), newInitCommand(t), newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
 	strictArgs(root)
 	return root
 }

@@ -79,6 +79,7 @@ func showRestore(c *cobra.Command, report backup.Report) error {
 func remark(w io.Writer, cfg *config.Config, report backup.Report) {
 	inside := filepath.Join(cfg.DataDir, "root")
 	switch {
+	case cfg.Root.Kind != config.RootKindFile: // it is elsewhere, and was not in the backup
 	case cfg.Root.File.Dir != inside && report.Root:
 		fmt.Fprintf(w, "the root was put into %s, and the configuration names %s: see to it that the root is there\n", inside, cfg.Root.File.Dir)
 	case cfg.Root.File.Dir == inside && !report.Root:

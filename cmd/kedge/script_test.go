@@ -41,7 +41,8 @@ func TestTheCommandLine(t *testing.T) {
 			return os.WriteFile(filepath.Join(e.WorkDir, "kedge.yaml"), []byte(process.Ports), 0o600)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"waitready": waitReady, "exits": exits, "capture": capture, "json": jsonField, "table": checkTable, "lines": countLines, "append": appendText,
+			"waitready": waitReady, "exits": exits, "capture": capture, "json": jsonField, "table": checkTable, "lines": countLines, "append": appendText, "fill": fillIn, "softhsm": softHSM,
+			"import": importKey,
 		},
 	})
 }
@@ -170,4 +171,41 @@ func appendText(ts *testscript.TestScript, neg bool, args []string) {
 	text, err := os.ReadFile(path)
 	ts.Check(err)
 	ts.Check(os.WriteFile(path, append(text, args[1]+"\n"...), 0o600))
+}
+
+// fill FROM TO (REGEXP TEXT)... copies a file with parts of it replaced, each of which must be there.
+func fillIn(ts *testscript.TestScript, neg bool, args []string) {
+	text := ts.ReadFile(args[0])
+	for i := 2; i+1 < len(args); i += 2 {
+		pattern := regexp.MustCompile("(?m)" + args[i])
+		if !pattern.MatchString(text) {
+			ts.Fatalf("%s does not match %s:\n%s", args[0], args[i], text)
+		}
+		text = pattern.ReplaceAllLiteralString(text, strings.ReplaceAll(args[i+1], `\n`, "\n"))
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(text), 0o600))
+}
+
+// softhsm makes a token of SoftHSM, and puts URIs into the environment: of the key "mesh" on it (URI), of all keys (ANY), of the token with another label of new keys (TOKEN), and
+// of a key that is not there (NOKEY).
+func softHSM(ts *testscript.TestScript, neg bool, args []string) {
+	dir := ts.MkAbs("softhsm")
+	ts.Check(os.MkdirAll(filepath.Join(dir, "tokens"), 0o700))
+	config := filepath.Join(dir, "softhsm2.conf")
+	ts.Check(os.WriteFile(config, []byte(fmt.Sprintf("directories.tokendir = %s/tokens\nobjectstore.backend = file\nlog.level = ERROR\n", dir)), 0o600))
+	ts.Check(os.WriteFile(filepath.Join(dir, "pin"), []byte("123456\n"), 0o600))
+	ts.Setenv("SOFTHSM2_CONF", config)
+	ts.Check(ts.Exec("softhsm2-util", "--init-token", "--free", "--label", "tok", "--so-pin", "so1234", "--pin", "123456"))
+	where := "?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:" + dir + "/pin"
+	ts.Setenv("URI", "pkcs11:token=tok;object=mesh"+where)
+	ts.Setenv("ANY", "pkcs11:token=tok"+where)
+	ts.Setenv("TOKEN", "pkcs11:token=tok;object=kedge-issuing"+where)
+	ts.Setenv("NOKEY", "pkcs11:token=tok;object=nobody"+where)
+}
+
+// import LABEL puts a key that was made elsewhere onto the token of softhsm.
+func importKey(ts *testscript.TestScript, neg bool, args []string) {
+	file := ts.MkAbs(args[0] + ".key")
+	ts.Check(ts.Exec("openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", file))
+	ts.Check(ts.Exec("softhsm2-util", "--import", file, "--token", "tok", "--label", args[0], "--id", "0a0b", "--pin", "123456"))
 }

@@ -32,7 +32,6 @@ import (
 	"kedge/issuer/metrics"
 	"kedge/issuer/ops"
 	"kedge/issuer/serving"
-	"kedge/plugins/file"
 )
 
 // stopLimit is how long calls in flight may take when the CA stops.
@@ -150,19 +149,11 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 		return err
 	}
 	s.closers = append(s.closers, func() error { s.mark.save(); return nil })
-	root, err := file.OpenRoot(file.RootOptions{Dir: c.Root.File.Dir, TrustDomain: td.Name(), KeySpec: ca.KeySpec(c.Root.File.KeyType),
-		Lifetime: c.Root.File.Lifetime.Std(), PassphraseFile: c.Root.File.PassphraseFile, Logger: s.log})
+	from, err := openOrigins(c, s.dataDir, s.log)
 	if err != nil {
-		return fmt.Errorf("opening the root: %w", err)
+		return err
 	}
-	coverage := ledger.Coverage{Kind: "since", Since: ledger.At(time.Now())}
-	if root.Created() {
-		coverage = ledger.Coverage{Kind: "complete"}
-	}
-	keys, err := file.OpenKeyStore(file.KeyStoreOptions{Dir: filepath.Join(s.dataDir, "keys"), PassphraseFile: c.IssuingCA.PassphraseFile})
-	if err != nil {
-		return fmt.Errorf("opening the key store: %w", err)
-	}
+	s.closers = append(s.closers, from.close)
 	profiles, err := c.SigningProfiles()
 	if err != nil {
 		return err
@@ -181,14 +172,15 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 		return err
 	}
 	s.ca, err = ca.Open(ctx, ca.Options{
-		TrustDomain: td, Ledger: book, Root: root, RootCoverage: coverage, Keys: keys, Profiles: profiles,
+		TrustDomain: td, Ledger: book, Root: from.root, Anchors: from.anchors, RootCoverage: from.coverage, ForeignWindow: c.Root.ForeignWindow.Std(),
+		Keys: from.keys, Profiles: profiles,
 		IssuingLifetime: c.IssuingCA.Lifetime.Std(), IssuingKey: ca.KeySpec(c.IssuingCA.KeyType), OtherIssuers: others,
 		Clock: clock, Guarded: guarded, Logger: s.log,
 	})
 	if err != nil {
 		return err
 	}
-	return root.Recorded()
+	return from.recorded()
 }
 
 // open starts every door.

@@ -39,8 +39,13 @@ type Config struct {
 	Tracing Tracing `yaml:"tracing"`
 	// Where the root of trust comes from.
 	Root Root `yaml:"root"`
-	// The issuing CA, which signs workload certificates and is certified by the root. It is renewed at half of its lifetime.
+	// The issuing CA, which signs workload certificates and is certified by the root. It is renewed at half of its lifetime. With root.kind cacerts there is
+	// none to make: the one that comes with the root signs.
 	IssuingCA IssuingCA `yaml:"issuingCA"`
+	// The HashiCorp Vault or OpenBao server that root.kind or issuingCA.keyStore "vault" asks.
+	Vault Vault `yaml:"vault"`
+	// How tokens (HSMs) are spoken to that root.kind or issuingCA.keyStore "pkcs11" names.
+	PKCS11 PKCS11 `yaml:"pkcs11"`
 	// Signing profiles, by the name that a caller gives as CertSigner. A caller who gives none gets the one named "default", which is always there.
 	Profiles map[string]Profile `yaml:"profiles"`
 	// A cfssl signing configuration (JSON) whose profiles are added to those above. A name that stands in both is an error. A profile
@@ -115,8 +120,47 @@ type Tracing struct {
 
 // Root is where the root of trust comes from.
 type Root struct {
+	// file: a root of Kedge's own, in files, made on first start. cacerts: the CA that istiod was given, mounted from the same Secret. vault: the PKI engine of a
+	// Vault or OpenBao server. pkcs11: a key in a token (HSM), with its certificate in a file.
+	Kind string `yaml:"kind"`
 	// A root in files. It is made on first start, when its folder is empty.
 	File RootFile `yaml:"file"`
+	// The CA of Istio's cacerts Secret, or of any Secret with tls.crt, tls.key and ca.crt.
+	CACerts RootCACerts `yaml:"cacerts"`
+	// A root in Vault's PKI engine.
+	Vault RootVault `yaml:"vault"`
+	// A root whose key is in a token.
+	PKCS11 RootPKCS11 `yaml:"pkcs11"`
+	// PEM file of further trust anchors for the bundle, looked at again and again: those of a root that is to come, or that is on its way out. "": none.
+	AnchorsFile string `yaml:"anchorsFile" kind:"path"`
+	// How long certificates may live that others issued under a root which is not of Kedge's own making, so that the ledger does not know them. Until then no other
+	// root takes over, and nothing is removed. istiod's maximum is 90 days.
+	ForeignWindow Duration `yaml:"foreignWindow"`
+}
+
+// RootCACerts is a CA that came from elsewhere, with its key.
+type RootCACerts struct {
+	// The folder, with ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem, or with tls.crt, tls.key and ca.crt. It is looked at again and again: a new set takes
+	// over without a restart, and a bad one is refused as a whole.
+	Dir string `yaml:"dir" kind:"path"`
+	// File of one line, the passphrase of an encrypted key. "": the key is not encrypted.
+	PassphraseFile string `yaml:"passphraseFile" kind:"path"`
+}
+
+// RootVault is a root in Vault's PKI engine.
+type RootVault struct {
+	// Where the PKI engine is mounted.
+	Mount string `yaml:"mount"`
+	// Name or id of the issuer in it. "default" is the one that the mount says.
+	Issuer string `yaml:"issuer"`
+}
+
+// RootPKCS11 is a root whose key is in a token.
+type RootPKCS11 struct {
+	// PKCS #11 URI (RFC 7512) of the key: the token, the module, and where the PIN is, like "pkcs11:token=roots;object=mesh?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/pin".
+	URI string `yaml:"uri"`
+	// PEM file of its certificate, as "kedge ceremony" writes it; what stands between it and a root, and the root, come after it when it is not one itself.
+	CertificateFile string `yaml:"certificateFile" kind:"path"`
 }
 
 // RootFile is a root in files.
@@ -139,9 +183,80 @@ type IssuingCA struct {
 	Lifetime Duration `yaml:"lifetime"`
 	// Type of its key: P-256, P-384, RSA-2048, RSA-3072 or RSA-4096. A change holds from the next renewal on. RSA signs some twenty times slower.
 	KeyType string `yaml:"keyType"`
+	// Where its key is. file: in dataDir. memory: nowhere else; each start makes a new issuing CA. vault: in Vault's Transit engine, which then signs each certificate. pkcs11: in a
+	// token, likewise. A change holds from the next renewal on.
+	KeyStore string `yaml:"keyStore"`
 	// File of one line, the passphrase that encrypts the keys in dataDir. "": they are not encrypted, and only their mode (0600)
 	// protects them.
 	PassphraseFile string `yaml:"passphraseFile" kind:"path"`
+	// Keys in Vault's Transit engine.
+	Vault KeysVault `yaml:"vault"`
+	// Keys in a token.
+	PKCS11 KeysPKCS11 `yaml:"pkcs11"`
+}
+
+// KeysVault is a key store in Vault.
+type KeysVault struct {
+	// Where the Transit engine is mounted.
+	Mount string `yaml:"mount"`
+	// What the names of the keys begin with. Each CA that uses the mount has one of its own; no key with another name is opened or deleted.
+	Prefix string `yaml:"prefix"`
+}
+
+// KeysPKCS11 is a key store in a token.
+type KeysPKCS11 struct {
+	// PKCS #11 URI (RFC 7512) of the token and its module; "object" begins the labels of the keys that are made. See root.pkcs11.uri.
+	URI string `yaml:"uri"`
+}
+
+// Vault is a server of Vault's API.
+type Vault struct {
+	// URL of the server; https (http only on a loopback address).
+	Address string `yaml:"address"`
+	// Namespace (Vault Enterprise, OpenBao). "": none.
+	Namespace string `yaml:"namespace"`
+	// PEM file with the CA certificates that the server's certificate is checked with. "": those of the system.
+	CAFile string `yaml:"caFile" kind:"path"`
+	// Name that is checked in it. "": the host of the address.
+	ServerName string `yaml:"serverName"`
+	// How long an answer may take.
+	Timeout Duration `yaml:"timeout"`
+	// How Kedge proves who it is.
+	Login VaultLogin `yaml:"login"`
+}
+
+// VaultLogin is how Kedge proves to Vault who it is.
+type VaultLogin struct {
+	// token, approle, kubernetes or cert.
+	Method string `yaml:"method"`
+	// Where the login method is mounted. "": at its usual place, the name of the method.
+	Mount string `yaml:"mount"`
+	// For kubernetes and cert: the role to log in as.
+	Role string `yaml:"role"`
+	// For token: where the token is, a file or "env:NAME". The file is read again at each login.
+	Token string `yaml:"token" kind:"secret"`
+	// For approle: the role id.
+	RoleID string `yaml:"roleID"`
+	// For approle: where the secret id is, a file or "env:NAME".
+	SecretID string `yaml:"secretID" kind:"secret"`
+	// For kubernetes: file of the service account token, read again at each login.
+	TokenFile string `yaml:"tokenFile" kind:"path"`
+	// For cert: PEM files of the client certificate and its key, read again at each login.
+	CertificateFile string `yaml:"certificateFile" kind:"path"`
+	// See certificateFile.
+	KeyFile string `yaml:"keyFile" kind:"path"`
+}
+
+// PKCS11 is how tokens are spoken to.
+type PKCS11 struct {
+	// How many signatures the token makes at once, each in a session of its own. From 1 to 256.
+	Sessions int `yaml:"sessions"`
+	// How long a call of the module may take before its process is ended and replaced.
+	Timeout Duration `yaml:"timeout"`
+	// What the module is initialised with, for those that want it (NSS: configdir='sql:/path' ...). "": nothing.
+	ModuleParameters string `yaml:"moduleParameters"`
+	// Whether keys are used that the token says can be exported, or were not made on it. A key that was once elsewhere may still be there.
+	AllowExportableKeys bool `yaml:"allowExportableKeys"`
 }
 
 // Profile is a signing profile: what a certificate may be, and who may have it.

@@ -92,11 +92,11 @@ func TestBadFilesAreRefusedWithTheTextThatTheDocsPromise(t *testing.T) {
 		{"swapped letters", "leder: {}", "leder: unknown key; the nearest valid one is ledger"},
 		{"wrong case", "csr: {servernames: []}", "csr.servernames: unknown key; the nearest valid one is csr.serverNames"},
 		{"wrong place", "clockSkew: 10s", "clockSkew: unknown key here; there is callers.clockSkew"},
-		{"several places", "passphraseFile: x", "passphraseFile: unknown key here; there is root.file.passphraseFile and issuingCA.passphraseFile"},
+		{"several places", "passphraseFile: x", "passphraseFile: unknown key here; there is root.file.passphraseFile and root.cacerts.passphraseFile and issuingCA.passphraseFile"},
 		{"far from all", "log: {colour: true}", "log.colour: unknown key; valid ones here are level, format"},
 		{"near miss in a profile", "profiles: {web: {maxTLT: 1h}}", "profiles.web.maxTLT: unknown key; the nearest valid one is profiles.web.maxTTL"},
 		{"near miss in a list", issuer(", audience: [a]"), "callers.tokenIssuers[0].audience: unknown key; the nearest valid one is callers.tokenIssuers[0].audiences"},
-		{"a secret in the file", "issuingCA: {passphrase: hunter2}", "issuingCA.passphrase: unknown key; valid ones here are lifetime, keyType, passphraseFile"},
+		{"a secret in the file", "issuingCA: {passphrase: hunter2}", "issuingCA.passphrase: unknown key; valid ones here are lifetime, keyType, keyStore, passphraseFile, vault, pkcs11"},
 		{"number for text", "trustDomain: 5", "trustDomain: expected text, got the number 5: put it in quotes"},
 		{"truth for text", "dataDir: yes", "dataDir: expected text, got true: put it in quotes"},
 		{"list for text", "trustDomain: [a]", "trustDomain: expected text, got a list"},
@@ -284,6 +284,7 @@ func TestRelativePathsBeginAtTheFolderOfTheFile(t *testing.T) {
 dataDir: data
 tracing: {caFile: ca.pem}
 root: {file: {passphraseFile: /run/secrets/p}}
+vault: {login: {token: t, secretID: "env:SECRET"}}
 callers:
   tokenIssuers: [{name: a, issuer: x, jwksFile: ../jwks.json}]
   clientCertificates: {otherIssuers: [a.pem, /b.pem]}
@@ -300,6 +301,8 @@ callers:
 		"passphraseFile":           {c.Root.File.PassphraseFile, "/run/secrets/p"},
 		"issuingCA unset":          {c.IssuingCA.PassphraseFile, ""},
 		"jwksFile":                 {c.Callers.TokenIssuers[0].JWKSFile, filepath.Dir(folder) + "/jwks.json"},
+		"a secret in a file":       {c.Vault.Login.Token, folder + "/t"},
+		"a secret in a variable":   {c.Vault.Login.SecretID, "env:SECRET"},
 		"otherIssuers[0]":          {c.Callers.ClientCertificates.OtherIssuers[0], folder + "/a.pem"},
 		"otherIssuers[1]":          {c.Callers.ClientCertificates.OtherIssuers[1], "/b.pem"},
 		"issuer, which is no path": {c.Callers.TokenIssuers[0].Issuer, "x"},

@@ -30,9 +30,13 @@ func Default() *Config {
 		Operations: Operations{Listen: "127.0.0.1:15014"},
 		Log:        Log{Level: "info", Format: "json"},
 		Tracing:    Tracing{SampleRatio: 0.1},
-		Root:       Root{File: RootFile{KeyType: string(ca.P256), Lifetime: Duration(3650 * day)}},
-		IssuingCA:  IssuingCA{Lifetime: Duration(7 * day), KeyType: string(ca.P256)},
-		Profiles:   map[string]Profile{ca.DefaultProfile: defaultProfile()},
+		Root: Root{Kind: RootKindFile, File: RootFile{KeyType: string(ca.P256), Lifetime: Duration(3650 * day)},
+			Vault: RootVault{Mount: "pki", Issuer: "default"}, ForeignWindow: Duration(90 * day)},
+		IssuingCA: IssuingCA{Lifetime: Duration(7 * day), KeyType: string(ca.P256), KeyStore: KeyStoreFile, Vault: KeysVault{Mount: "transit", Prefix: "kedge-"}},
+		Vault: Vault{Timeout: Duration(10 * time.Second), Login: VaultLogin{Method: LoginToken,
+			TokenFile: "/var/run/secrets/kubernetes.io/serviceaccount/token"}},
+		PKCS11:   PKCS11{Sessions: 16, Timeout: Duration(5 * time.Second)},
+		Profiles: map[string]Profile{ca.DefaultProfile: defaultProfile()},
 		Callers: Callers{
 			JoinTokens:         JoinTokens{Identities: []string{"ns/default/sa/*"}, MaxTTL: Duration(time.Hour)},
 			ClientCertificates: ClientCertificates{Enabled: true},
@@ -83,6 +87,40 @@ func (p Profile) signing() ca.ProfileConfig {
 		DefaultTTL: p.DefaultTTL.Std(), MaxTTL: p.MaxTTL.Std(), MinTTL: p.MinTTL.Std(), OverMax: p.OverMax, Backdate: p.Backdate.Std(),
 		ExtraKeys: p.ExtraKeys, MaxLineageAge: p.MaxLineageAge.Std(), Identities: p.Identities,
 	}
+}
+
+// The kinds of roots.
+const (
+	RootKindFile    = "file"
+	RootKindCACerts = "cacerts"
+	RootKindVault   = "vault"
+	RootKindPKCS11  = "pkcs11"
+)
+
+// The key stores.
+const (
+	KeyStoreFile   = "file"
+	KeyStoreMemory = "memory"
+	KeyStoreVault  = "vault"
+	KeyStorePKCS11 = "pkcs11"
+)
+
+// How Kedge logs in to Vault.
+const (
+	LoginToken      = "token"
+	LoginAppRole    = "approle"
+	LoginKubernetes = "kubernetes"
+	LoginCert       = "cert"
+)
+
+// UsesVault says whether anything of the configuration asks Vault.
+func (c *Config) UsesVault() bool {
+	return c.Root.Kind == RootKindVault || c.IssuingCA.KeyStore == KeyStoreVault
+}
+
+// UsesPKCS11 says whether anything of the configuration is in a token.
+func (c *Config) UsesPKCS11() bool {
+	return c.Root.Kind == RootKindPKCS11 || c.IssuingCA.KeyStore == KeyStorePKCS11
 }
 
 // The kinds of token issuers.

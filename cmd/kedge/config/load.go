@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 
 	"go.yaml.in/yaml/v2"
 
@@ -114,7 +115,9 @@ func resolvePaths(v reflect.Value, kind, folder string) {
 			resolvePaths(v.Index(i), kind, folder)
 		}
 	case reflect.String:
-		if path := v.String(); kind == "path" && path != "" && !filepath.IsAbs(path) {
+		path := v.String()
+		file := kind == "path" || kind == "secret" && !strings.HasPrefix(path, "env:")
+		if file && path != "" && !filepath.IsAbs(path) {
 			v.SetString(filepath.Join(folder, path))
 		}
 	}

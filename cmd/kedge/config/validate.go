@@ -46,6 +46,7 @@ func (c *Config) Validate() (warnings []string, err error) {
 	v.csr(c)
 	v.operations(c)
 	v.tracing(c.Tracing)
+	v.root(c)
 	v.lifetimes(c, v.profiles(c))
 	v.callers(c.Callers)
 	v.ledger(c.Ledger)
@@ -224,7 +225,7 @@ func (v *validation) lifetimes(c *Config, profiles map[string]*ca.Profile) {
 	v.keyType("issuingCA.keyType", c.IssuingCA.KeyType)
 	issuing, root, server := c.IssuingCA.Lifetime, c.Root.File.Lifetime, c.CSR.ServerCertificateTTL
 	issuingFits := v.seconds("issuingCA.lifetime", issuing)
-	if v.seconds("root.file.lifetime", root) && issuingFits && root < rootPerIssuing*issuing {
+	if v.seconds("root.file.lifetime", root) && issuingFits && c.Root.Kind == RootKindFile && root < rootPerIssuing*issuing {
 		v.refuse("root.file.lifetime", "%s is shorter than %d × issuingCA.lifetime %s = %s: raise root.file.lifetime or lower issuingCA.lifetime",
 			root, rootPerIssuing, issuing, rootPerIssuing*issuing)
 	}

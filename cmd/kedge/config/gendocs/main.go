@@ -8,9 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -28,7 +25,7 @@ func main() {
 	root, err := moduleRoot()
 	if err == nil {
 		var text []byte
-		if text, err = generate(filepath.Join(root, source)); err == nil {
+		if text, err = generate(); err == nil {
 			err = os.WriteFile(filepath.Join(root, page), text, 0o644)
 		}
 	}
@@ -56,14 +53,13 @@ func moduleRoot() (string, error) {
 	}
 }
 
-// generate makes the page from the file that declares the configuration.
-func generate(path string) ([]byte, error) {
-	file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ParseComments)
+// generate makes the page from the declarations of the configuration.
+func generate() ([]byte, error) {
+	comments, intro, err := config.Comments()
 	if err != nil {
-		return nil, fmt.Errorf("reading the declarations: %w", err)
+		return nil, err
 	}
-	g := generator{comments: fieldComments(file)}
-	_, intro, _ := strings.Cut(file.Doc.Text(), "\n\n")
+	g := generator{comments: comments}
 	g.write("# Configuration\n\n<!-- Generated from the comments in %s by: go run ./cmd/kedge/config/gendocs -->\n\n%s\n", source, escape(intro))
 	g.write("## What holds without a file\n\n```yaml\n")
 	if err := config.Default().Print(&g.text, false); err != nil {
@@ -74,26 +70,6 @@ func generate(path string) ([]byte, error) {
 		return nil, err
 	}
 	return append(bytes.TrimRight(g.text.Bytes(), "\n"), '\n'), nil
-}
-
-// fieldComments gives the comment of each field of each struct, by "Struct.Field".
-func fieldComments(file *ast.File) map[string]string {
-	comments := map[string]string{}
-	ast.Inspect(file, func(node ast.Node) bool {
-		spec, ok := node.(*ast.TypeSpec)
-		if !ok {
-			return true
-		}
-		if structure, ok := spec.Type.(*ast.StructType); ok {
-			for _, field := range structure.Fields.List {
-				for _, name := range field.Names {
-					comments[spec.Name.Name+"."+name.Name] = strings.TrimSpace(field.Doc.Text())
-				}
-			}
-		}
-		return true
-	})
-	return comments
 }
 
 type generator struct {
@@ -169,8 +145,11 @@ func (g *generator) key(path string, field reflect.StructField, value reflect.Va
 
 func typeName(field reflect.StructField) (string, error) {
 	name := "Text"
-	if field.Tag.Get("kind") == "path" {
+	switch field.Tag.Get("kind") {
+	case "path":
 		name = "Path"
+	case "secret":
+		name = "Path of a secret, or `env:` and the name of a variable"
 	}
 	switch {
 	case field.Type == reflect.TypeFor[config.Duration]():

@@ -12,7 +12,7 @@ func TestThePageIsWhatTheCodeSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, err := generate(filepath.Join(root, source))
+	want, err := generate()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,153 @@
+package config
+
+import (
+	"time"
+
+	"kedge/hsm"
+)
+
+const (
+	maxForeignWindow = 10 * 365 * day
+	maxPluginTimeout = time.Minute
+	maxSessions      = 256
+)
+
+// root judges where the root and the keys are. A section for something that is not used would be believed to count, so it is refused.
+func (v *validation) root(c *Config) {
+	usual := Default()
+	r, keys := c.Root, c.IssuingCA
+	if v.oneOf("root.kind", r.Kind, RootKindFile, RootKindCACerts, RootKindVault, RootKindPKCS11) {
+		v.unused("root.file", r.File.without(usual.Root.File), RootFile{}, "root.kind", r.Kind, RootKindFile)
+		v.unused("root.cacerts", r.CACerts, usual.Root.CACerts, "root.kind", r.Kind, RootKindCACerts)
+		v.unused("root.vault", r.Vault, usual.Root.Vault, "root.kind", r.Kind, RootKindVault)
+		v.unused("root.pkcs11", r.PKCS11, usual.Root.PKCS11, "root.kind", r.Kind, RootKindPKCS11)
+	}
+	if v.oneOf("issuingCA.keyStore", keys.KeyStore, KeyStoreFile, KeyStoreMemory, KeyStoreVault, KeyStorePKCS11) {
+		v.unused("issuingCA.passphraseFile", keys.PassphraseFile, "", "issuingCA.keyStore", keys.KeyStore, KeyStoreFile)
+		v.unused("issuingCA.vault", keys.Vault, usual.IssuingCA.Vault, "issuingCA.keyStore", keys.KeyStore, KeyStoreVault)
+		v.unused("issuingCA.pkcs11", keys.PKCS11, usual.IssuingCA.PKCS11, "issuingCA.keyStore", keys.KeyStore, KeyStorePKCS11)
+	}
+	if v.seconds("root.foreignWindow", r.ForeignWindow) && r.ForeignWindow.Std() > maxForeignWindow {
+		v.refuse("root.foreignWindow", "%s is more than %s", r.ForeignWindow, Duration(maxForeignWindow))
+	}
+	if r.Kind == RootKindCACerts && r.CACerts.Dir == "" {
+		v.refuse("root.cacerts.dir", "it is required: the folder where the Secret is mounted, for instance /etc/cacerts")
+	}
+	if r.Kind == RootKindVault {
+		v.required("root.vault.mount", r.Vault.Mount, "where the PKI engine is mounted")
+		v.required("root.vault.issuer", r.Vault.Issuer, `name or id of the issuer, or "default"`)
+	}
+	if r.Kind == RootKindPKCS11 {
+		v.pkcs11URI("root.pkcs11.uri", r.PKCS11.URI)
+		v.required("root.pkcs11.certificateFile", r.PKCS11.CertificateFile, "the PEM file of the root's certificate; 'kedge ceremony' makes one")
+	}
+	if keys.KeyStore == KeyStoreVault {
+		v.required("issuingCA.vault.mount", keys.Vault.Mount, "where the Transit engine is mounted")
+		v.required("issuingCA.vault.prefix", keys.Vault.Prefix, `what the names of the keys begin with, like "kedge-"`)
+	}
+	if keys.KeyStore == KeyStorePKCS11 {
+		v.pkcs11URI("issuingCA.pkcs11.uri", keys.PKCS11.URI)
+	}
+	v.vault(c, usual)
+	v.pkcs11(c, usual)
+}
+
+func (v *validation) vault(c, usual *Config) {
+	s, l := c.Vault, c.Vault.Login
+	if !c.UsesVault() {
+		if s != usual.Vault {
+			v.refuse("vault", `nothing asks Vault: it counts with root.kind or issuingCA.keyStore "vault"`)
+		}
+		return
+	}
+	v.required("vault.address", s.Address, "the URL of the server, like https://vault.example:8200")
+	if s.Address != "" {
+		v.webAddress("vault.address", s.Address, "")
+	}
+	if s.Timeout.Std() < time.Second || s.Timeout.Std() > maxPluginTimeout {
+		v.refuse("vault.timeout", "%s is not between 1s and %s", s.Timeout, Duration(maxPluginTimeout))
+	}
+	if !v.oneOf("vault.login.method", l.Method, LoginToken, LoginAppRole, LoginKubernetes, LoginCert) {
+		return
+	}
+	v.unused("vault.login.token", l.Token, "", "vault.login.method", l.Method, LoginToken)
+	v.unused("vault.login.roleID", l.RoleID, "", "vault.login.method", l.Method, LoginAppRole)
+	v.unused("vault.login.secretID", l.SecretID, "", "vault.login.method", l.Method, LoginAppRole)
+	v.unused("vault.login.tokenFile", l.TokenFile, usual.Vault.Login.TokenFile, "vault.login.method", l.Method, LoginKubernetes)
+	v.unused("vault.login.certificateFile", l.CertificateFile, "", "vault.login.method", l.Method, LoginCert)
+	v.unused("vault.login.keyFile", l.KeyFile, "", "vault.login.method", l.Method, LoginCert)
+	switch l.Method {
+	case LoginToken:
+		v.required("vault.login.token", l.Token, `a file, or "env:NAME"`)
+		v.unused("vault.login.role", l.Role, "", "vault.login.method", l.Method, LoginKubernetes, LoginCert)
+	case LoginAppRole:
+		v.required("vault.login.roleID", l.RoleID, "the role id of the AppRole")
+		v.required("vault.login.secretID", l.SecretID, `a file, or "env:NAME"`)
+		v.unused("vault.login.role", l.Role, "", "vault.login.method", l.Method, LoginKubernetes, LoginCert)
+	case LoginKubernetes:
+		v.required("vault.login.role", l.Role, "the role to log in as")
+		v.required("vault.login.tokenFile", l.TokenFile, "the file of the service account token")
+	case LoginCert:
+		v.required("vault.login.certificateFile", l.CertificateFile, "the PEM file of the client certificate")
+		v.required("vault.login.keyFile", l.KeyFile, "the PEM file of its key")
+	}
+}
+
+func (v *validation) pkcs11(c, usual *Config) {
+	p := c.PKCS11
+	if !c.UsesPKCS11() {
+		if p != usual.PKCS11 {
+			v.refuse("pkcs11", `nothing is in a token: it counts with root.kind or issuingCA.keyStore "pkcs11"`)
+		}
+		return
+	}
+	if p.Sessions < 1 || p.Sessions > maxSessions {
+		v.refuse("pkcs11.sessions", "%d is not between 1 and %d", p.Sessions, maxSessions)
+	}
+	if p.Timeout.Std() < 100*time.Millisecond || p.Timeout.Std() > maxPluginTimeout {
+		v.refuse("pkcs11.timeout", "%s is not between 100ms and %s", p.Timeout, Duration(maxPluginTimeout))
+	}
+	if p.AllowExportableKeys {
+		v.warn("pkcs11.allowExportableKeys", "keys are used that may exist outside the token: who has a copy of one can make any identity")
+	}
+}
+
+func (v *validation) pkcs11URI(path, text string) {
+	if text == "" {
+		v.refuse(path, "it is required, like pkcs11:token=LABEL;object=KEY?module-path=/PATH.so&pin-source=file:/PATH")
+		return
+	}
+	if _, err := hsm.ParseURI(text); err != nil {
+		v.refuse(path, "%v", err)
+	}
+}
+
+func (v *validation) required(path, text, what string) {
+	if text == "" {
+		v.refuse(path, "it is required: %s", what)
+	}
+}
+
+// unused refuses what is given for something else than what counts.
+func (v *validation) unused(path string, given, usual any, by, counts string, meant ...string) {
+	for _, m := range meant {
+		if counts == m {
+			return
+		}
+	}
+	if given != usual {
+		v.refuse(path, "it is for %s %s, and that is %s", by, meant[0], counts)
+	}
+}
+
+// without leaves out what a section has by default.
+func (f RootFile) without(usual RootFile) RootFile {
+	if f.KeyType == usual.KeyType {
+		f.KeyType = ""
+	}
+	if f.Lifetime == usual.Lifetime {
+		f.Lifetime = 0
+	}
+	f.Dir = "" // it follows dataDir
+	return f
+}

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"kedge/ca"
+	"kedge/ca/ledger"
+	"kedge/cmd/kedge/config"
+	"kedge/hsm"
+	"kedge/plugins/file"
+	"kedge/plugins/memory"
+	"kedge/plugins/pkcs11"
+	"kedge/plugins/vault"
+)
+
+// origins are where trust and signing keys come from: the root, what is trusted besides it, and the key store.
+type origins struct {
+	root     ca.Root
+	anchors  ca.Anchors // may be nil
+	keys     ca.KeyStore
+	coverage ledger.Coverage // of roots that the ledger does not know yet
+	recorded func() error    // to be called once the ledger has the root
+	vault    *vault.Client   // of both, once it is needed
+	closers  []func() error
+}
+
+// openOrigins opens what the configuration names. It is the one place that knows every kind. What was opened is closed again when something fails.
+func openOrigins(c *config.Config, dataDir string, log *slog.Logger) (*origins, error) {
+	o := &origins{recorded: func() error { return nil }}
+	err := o.openRoot(c, dataDir, log)
+	if err == nil {
+		err = o.openKeys(c, dataDir, log)
+	}
+	if err == nil && c.Root.AnchorsFile != "" {
+		err = o.openAnchors(c, log)
+	}
+	if err != nil {
+		return nil, errors.Join(err, o.close())
+	}
+	return o, nil
+}
+
+func (o *origins) close() error {
+	var errs []error
+	for i := len(o.closers) - 1; i >= 0; i-- {
+		errs = append(errs, o.closers[i]())
+	}
+	o.closers = nil
+	return errors.Join(errs...)
+}
+
+// openRoot opens the root. Others may have signed under one that was not made here, and nobody knows what.
+func (o *origins) openRoot(c *config.Config, dataDir string, log *slog.Logger) (err error) {
+	now := time.Now()
+	o.coverage = ledger.Coverage{Kind: "foreign", Until: ledger.At(now.Add(c.Root.ForeignWindow.Std()))}
+	switch c.Root.Kind {
+	case config.RootKindFile:
+		own, openErr := file.OpenRoot(file.RootOptions{Dir: c.Root.File.Dir, TrustDomain: c.TrustDomain, KeySpec: ca.KeySpec(c.Root.File.KeyType),
+			Lifetime: c.Root.File.Lifetime.Std(), PassphraseFile: c.Root.File.PassphraseFile, Logger: log})
+		if err = openErr; err != nil {
+			break
+		}
+		o.root, o.recorded = own, own.Recorded
+		o.coverage = ledger.Coverage{Kind: "since", Since: ledger.At(now)}
+		if own.Created() {
+			o.coverage = ledger.Coverage{Kind: "complete"}
+		}
+	case config.RootKindCACerts:
+		mounted, openErr := file.OpenCACerts(file.CACertsOptions{Dir: c.Root.CACerts.Dir, PassphraseFile: c.Root.CACerts.PassphraseFile,
+			TrustDomain: c.TrustDomain, Logger: log})
+		if err = openErr; err != nil {
+			break
+		}
+		o.root = mounted
+		o.closers = append(o.closers, mounted.Close)
+	case config.RootKindVault:
+		o.root, err = o.openVaultRoot(c, log)
+	case config.RootKindPKCS11:
+		o.root, err = o.openTokenRoot(c, dataDir, log)
+	default:
+		err = fmt.Errorf("root.kind %q is unknown", c.Root.Kind) // a defect: the configuration was validated
+	}
+	if err != nil {
+		return fmt.Errorf("opening the root: %w", err)
+	}
+	return nil
+}
+
+func (o *origins) openKeys(c *config.Config, dataDir string, log *slog.Logger) (err error) {
+	switch c.IssuingCA.KeyStore {
+	case config.KeyStoreFile:
+		o.keys, err = file.OpenKeyStore(file.KeyStoreOptions{Dir: filepath.Join(dataDir, "keys"), PassphraseFile: c.IssuingCA.PassphraseFile})
+	case config.KeyStoreMemory:
+		o.keys = &memory.KeyStore{}
+	case config.KeyStoreVault:
+		o.keys, err = o.openVaultKeys(c, log)
+	case config.KeyStorePKCS11:
+		o.keys, err = o.openTokenKeys(c, dataDir, log)
+	default:
+		err = fmt.Errorf("issuingCA.keyStore %q is unknown", c.IssuingCA.KeyStore) // a defect: the configuration was validated
+	}
+	if err != nil {
+		return fmt.Errorf("opening the key store: %w", err)
+	}
+	return nil
+}
+
+func (o *origins) openAnchors(c *config.Config, log *slog.Logger) error {
+	anchors, err := file.OpenAnchors(file.AnchorsOptions{File: c.Root.AnchorsFile, TrustDomain: c.TrustDomain, Logger: log})
+	if err != nil {
+		return fmt.Errorf("root.anchorsFile: %w", err)
+	}
+	o.anchors = anchors
+	o.closers = append(o.closers, anchors.Close)
+	return nil
+}
+
+// openVault opens the one login to Vault. It asks Vault nothing yet: a server that is away keeps nobody from starting with what the ledger knows.
+func (o *origins) openVault(c *config.Config, log *slog.Logger) (*vault.Client, error) {
+	if o.vault != nil {
+		return o.vault, nil
+	}
+	v := c.Vault
+	client, err := vault.OpenClient(vault.ClientOptions{Address: v.Address, Namespace: v.Namespace, CAFile: v.CAFile, ServerName: v.ServerName, Timeout: v.Timeout.Std(),
+		Login: vaultLogin(v.Login), Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	o.vault = client
+	o.closers = append(o.closers, client.Close)
+	return client, nil
+}
+
+func vaultLogin(l config.VaultLogin) vault.Login {
+	secret := func(place string) vault.Secret {
+		if name, ok := strings.CutPrefix(place, "env:"); ok {
+			return vault.Secret{Env: name}
+		}
+		return vault.Secret{File: place}
+	}
+	switch l.Method {
+	case config.LoginAppRole:
+		return vault.Login{AppRole: &vault.AppRoleLogin{Mount: l.Mount, RoleID: l.RoleID, SecretID: secret(l.SecretID)}}
+	case config.LoginKubernetes:
+		return vault.Login{Kubernetes: &vault.KubernetesLogin{Mount: l.Mount, Role: l.Role, TokenFile: l.TokenFile}}
+	case config.LoginCert:
+		return vault.Login{Certificate: &vault.CertificateLogin{Mount: l.Mount, Role: l.Role, CertFile: l.CertificateFile, KeyFile: l.KeyFile}}
+	}
+	token := secret(l.Token)
+	return vault.Login{Token: &token}
+}
+
+func (o *origins) openVaultRoot(c *config.Config, log *slog.Logger) (ca.Root, error) {
+	client, err := o.openVault(c, log)
+	if err != nil {
+		return nil, err
+	}
+	root, err := vault.OpenRoot(vault.RootOptions{Client: client, Mount: c.Root.Vault.Mount, Issuer: c.Root.Vault.Issuer, TrustDomain: c.TrustDomain, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	o.closers = append(o.closers, root.Close)
+	return root, nil
+}
+
+func (o *origins) openVaultKeys(c *config.Config, log *slog.Logger) (ca.KeyStore, error) {
+	client, err := o.openVault(c, log)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := vault.OpenKeyStore(vault.KeyStoreOptions{Client: client, Mount: c.IssuingCA.Vault.Mount, Prefix: c.IssuingCA.Vault.Prefix, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	o.closers = append(o.closers, keys.Close)
+	return keys, nil
+}
+
+// openToken opens a token. It asks the token for nothing yet.
+func (o *origins) openToken(c *config.Config, uri hsm.URI, dataDir string, log *slog.Logger) (*hsm.Token, error) {
+	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: c.PKCS11.ModuleParameters, Sessions: c.PKCS11.Sessions, Deadline: c.PKCS11.Timeout.Std(),
+		StateDir: filepath.Join(dataDir, "hsm"), Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	o.closers = append(o.closers, token.Close)
+	return token, nil
+}
+
+func (o *origins) openTokenRoot(c *config.Config, dataDir string, log *slog.Logger) (ca.Root, error) {
+	uri, err := hsm.ParseURI(c.Root.PKCS11.URI)
+	if err != nil {
+		return nil, fmt.Errorf("root.pkcs11.uri: %w", err)
+	}
+	token, err := o.openToken(c, uri, dataDir, log)
+	if err != nil {
+		return nil, err
+	}
+	return pkcs11.OpenRoot(pkcs11.RootOptions{Token: token, CertificateFile: c.Root.PKCS11.CertificateFile, TrustDomain: c.TrustDomain,
+		AllowExportable: c.PKCS11.AllowExportableKeys})
+}
+
+func (o *origins) openTokenKeys(c *config.Config, dataDir string, log *slog.Logger) (ca.KeyStore, error) {
+	uri, err := hsm.ParseURI(c.IssuingCA.PKCS11.URI)
+	if err != nil {
+		return nil, fmt.Errorf("issuingCA.pkcs11.uri: %w", err)
+	}
+	label := uri.Object
+	uri.Object = "" // it begins the keys' labels, and names none
+	token, err := o.openToken(c, uri, dataDir, log)
+	if err != nil {
+		return nil, err
+	}
+	return pkcs11.OpenKeyStore(pkcs11.KeyStoreOptions{Token: token, Label: label, AllowExportable: c.PKCS11.AllowExportableKeys})
+}
