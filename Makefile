@@ -45,7 +45,7 @@ lint: ## formatting, vet, staticcheck, and that every page and generated file is
 docs: ## write docs/configuration.md anew from the comments in the code
 	go run ./cmd/kedge/config/gendocs
 
-bench: build ## what a certificate costs, beside Istio's CA: writes docs/benchmarks.md; less of it with make bench BENCH=-quick
+bench: packages build ## what a certificate costs, beside Istio's CA: writes docs/benchmarks.md; less of it with make bench BENCH=-quick
 	@test/bench/run.sh $(BIN) $(or $(BENCH),-out docs/benchmarks.md)
 
 clean: ## remove what was built

@@ -5,8 +5,12 @@ package hsm
 import (
 	"crypto"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
 )
 
 // InProcess loads a module into the test's own process, finds the key of a label, lets spoil do something to the module, and tells what a signature then fails with: whether that is taken
@@ -58,3 +62,52 @@ func (m *Module) NewSession() error {
 
 // Finalize finalises the module under it.
 func (m *Module) Finalize() error { return m.m.ctx.Finalize() }
+
+// Raw signs with a module that is loaded into this process, in as many goroutines as there are sessions, for so long, and tells how many signatures a second were made. With verify each is verified.
+func Raw(o Options, label string, d time.Duration, verify bool) (perSecond float64, err error) {
+	u := o.URI
+	m, _, err := startModule(startRequest{Module: u.ModulePath, Parameters: o.Parameters, Token: u.Token, Serial: u.Serial, PINFile: u.PINSource.File, Sessions: o.Sessions})
+	if err != nil {
+		return 0, err
+	}
+	defer m.finalize()
+	reply, err := m.find(m.sessions[0], findRequest{Label: label})
+	if err != nil {
+		return 0, err
+	}
+	key, err := reply.Key.key()
+	if err != nil {
+		return 0, err
+	}
+	signer := &Signer{public: key.Public}
+	request, err := signer.request(make([]byte, 32), crypto.SHA256)
+	if err != nil {
+		return 0, err
+	}
+	request.reference = reply.Reference
+	var made atomic.Int64
+	var failed atomic.Pointer[error]
+	var running sync.WaitGroup
+	began := time.Now()
+	for i, session := range m.sessions {
+		running.Go(func() {
+			for n := uint64(0); time.Since(began) < d; n++ {
+				digest := sha256.Sum256(binary.BigEndian.AppendUint64([]byte{byte(i)}, n))
+				raw, err := m.sign(session, request, digest[:])
+				if err == nil && verify {
+					_, err = signer.verified(request, digest[:], raw)
+				}
+				if err != nil {
+					failed.Store(&err)
+					return
+				}
+				made.Add(1)
+			}
+		})
+	}
+	running.Wait()
+	if err := failed.Load(); err != nil {
+		return 0, *err
+	}
+	return float64(made.Load()) / time.Since(began).Seconds(), nil
+}

@@ -65,7 +65,7 @@ type section struct {
 
 var sections = []section{
 	{"cost", (*bench).costs}, {"size", (*bench).sizes}, {"latency", (*bench).latencies}, {"overload", (*bench).overload}, {"herd", (*bench).stampede},
-	{"neighbours", (*bench).neighbours}, {"profile", (*bench).profiles},
+	{"neighbours", (*bench).neighbours}, {"hsm", (*bench).tokens}, {"profile", (*bench).profiles},
 }
 
 // plays is whether this process has a part in the measurement of another one, which it then has played.
@@ -113,7 +113,7 @@ func run(ctx context.Context) (err error) {
 	rounds := flag.Int("rounds", 0, "how often each thing is measured")
 	calls := flag.Int("calls", 0, "calls in each measurement of the cost of a call")
 	agentCount := flag.Int("herd", 0, "agents that come at the same instant")
-	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, neighbours, profile")
+	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, neighbours, hsm, profile")
 	out := flag.String("out", "", "a page that gets the results, between its markers")
 	flag.StringVar(&b.keep, "profiles", "", "a folder that gets the profiles, for 'go tool pprof'")
 	flag.Parse()

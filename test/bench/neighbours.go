@@ -14,9 +14,9 @@ import (
 
 const (
 	// keptRate is how many calls a second a good caller makes on the connections that it keeps, which are so many.
-	keptRate, keptConnections = 50, 4
+	keptRate, keptConnections = 10, 4
 	// newRate is how many it makes each on a new connection.
-	newRate = 10
+	newRate = 5
 	// ramp is the part of a measurement that a neighbour has before it, to come up to speed.
 	ramp = 0.25
 )
