@@ -15,5 +15,6 @@ func TestMain(m *testing.M) {
 	if hsm.IsChild(os.Args) {
 		os.Exit(hsm.ChildMain())
 	}
+	os.Setenv("GORACE", "atexit_sleep_ms=0") // for the children: under the race detector each would take a second to end
 	os.Exit(m.Run())
 }
