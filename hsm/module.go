@@ -28,7 +28,7 @@ type module struct {
 	slot     uint
 	sessions []pkcs11.SessionHandle
 
-	changes sync.Mutex // of the token's objects
+	objects sync.RWMutex // of the token: one that is deleted while it is looked at would seem a lost login
 
 	mu   sync.RWMutex
 	keys []signingKey // by reference
@@ -487,6 +487,8 @@ func rsaPublic(modulus, exponent []byte) crypto.PublicKey {
 
 // find finds the one private key that belongs to a public key, or has the label and id.
 func (m *module) find(session pkcs11.SessionHandle, r findRequest) (findReply, error) {
+	m.objects.RLock()
+	defer m.objects.RUnlock()
 	all, err := m.privateKeys(session, r.Label, r.ID)
 	if err != nil {
 		return findReply{}, err
@@ -537,6 +539,8 @@ func wanted(label string, id []byte) (text string) {
 }
 
 func (m *module) list(session pkcs11.SessionHandle, r listRequest) ([]keyData, error) {
+	m.objects.RLock()
+	defer m.objects.RUnlock()
 	all, err := m.privateKeys(session, r.Label, r.ID)
 	keys := make([]keyData, 0, len(all))
 	for _, key := range all {
@@ -547,8 +551,8 @@ func (m *module) list(session pkcs11.SessionHandle, r listRequest) ([]keyData, e
 
 // change does something to the token's objects, in a session of its own that may.
 func (m *module) change(do func(session pkcs11.SessionHandle) error) error {
-	m.changes.Lock()
-	defer m.changes.Unlock()
+	m.objects.Lock()
+	defer m.objects.Unlock()
 	session, err := m.ctx.OpenSession(m.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return failed("C_OpenSession", err)
