@@ -16,8 +16,8 @@ build: ## build bin/kedge
 	@mkdir -p bin
 	go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/kedge
 
-demo: build ## start a CA, get an SVID through the CSR API, show it, leave nothing behind
-	@test/demo.sh $(BIN)
+demo: build ## start a CA, get an SVID through the CSR API, show it, leave nothing behind; with ROOT=hsm or ROOT=vault under a root that is elsewhere
+	@test/demo.sh $(BIN) $(or $(ROOT),file)
 
 packages: ## install the Debian packages that the tests need, when that is possible
 	@test/packages.sh

@@ -86,6 +86,9 @@ func (c *CA) replaceIssuing(ctx context.Context, now *trust, next *authority) er
 
 // makeIssuing makes a key, has the root certify it, and lets the new authority prove itself. ref is set once there is a key.
 func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref string, err error) {
+	if err := c.mayCertify(ctx, t); err != nil {
+		return nil, "", err
+	}
 	ref, key, err := c.keys.Create(ctx, c.issuingKey)
 	if err != nil {
 		return nil, "", fmt.Errorf("making its key: %w", err)

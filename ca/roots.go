@@ -262,3 +262,17 @@ func (c *CA) mayActivate(root *authority) error {
 	return fmt.Errorf("no issuing CA signs under the new root %s yet, and the old one goes on: %d unexpired certificates were handed over with a trust bundle that lacks it, "+
 		"and there may be others that this ledger does not know; the last of them ends at %s", root.short(), count, last.UTC().Format(time.RFC3339))
 }
+
+// mayCertify says whether an issuing CA that is certified now could sign, before the root is asked for one: Roots names first what Certify chains to.
+func (c *CA) mayCertify(ctx context.Context, t *trust) error {
+	named, err := c.root.Roots(ctx)
+	if err != nil || len(named) == 0 {
+		return nil // Certify says what is wrong
+	}
+	for _, root := range t.roots {
+		if root.cert.Equal(named[0]) {
+			return c.mayActivate(root)
+		}
+	}
+	return nil
+}

@@ -29,6 +29,7 @@ type generation struct {
 	info    Info
 	began   time.Time
 	served  atomic.Uint64
+	turns   chan struct{} // holds one element for each signature that the child was asked for and has not answered
 
 	mu      sync.Mutex
 	err     error // why it ended; nil while it goes on
@@ -48,7 +49,7 @@ type foundReference struct {
 }
 
 // startChild starts the program as its own child, and shakes hands. /proc/self/exe is this very program, also after an upgrade has put another one in its place.
-func startChild(number uint64, pin []byte, variable string, log *slog.Logger) (*generation, error) {
+func startChild(number uint64, sessions int, pin []byte, variable string, log *slog.Logger) (*generation, error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("socketpair", err)
@@ -62,7 +63,7 @@ func startChild(number uint64, pin []byte, variable string, log *slog.Logger) (*
 	}
 	conn := connection.(*net.UnixConn)
 	g := &generation{number: number, conn: conn, writer: frameWriter{conn: conn}, began: time.Now(), pending: map[uint64]chan frame{}, found: map[string]*foundReference{},
-		ended: make(chan struct{}), exited: make(chan struct{})}
+		turns: make(chan struct{}, 2*sessions), ended: make(chan struct{}), exited: make(chan struct{})}
 	g.process = exec.Command("/proc/self/exe", childVerb)
 	g.process.ExtraFiles = []*os.File{theirs}
 	if pin != nil {
@@ -148,6 +149,19 @@ func (g *generation) failure() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.err
+}
+
+// enter waits until the child may be asked for another signature: of as many as are made at once, and as many again, so that its sessions never wait. Who waits here is no sign that the
+// module hangs, however many wait.
+func (g *generation) enter(ctx context.Context) (leave func(), err error) {
+	select {
+	case g.turns <- struct{}{}:
+		return func() { <-g.turns }, nil
+	case <-g.ended:
+		return nil, g.failure()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // errHangs says that the child did not answer in time.

@@ -36,16 +36,15 @@ func (s *Signer) Key() Key { return s.key }
 // VerifiesSignatures says that what Sign returns was verified, so that nobody needs to do so again.
 func (s *Signer) VerifiesSignatures() bool { return true }
 
-// Sign signs a digest: ECDSA in ASN.1, or RSA as opts says (PKCS#1 v1.5, or PSS with a salt as long as the hash). It takes no longer than two calls of the module and a
-// start in between may.
+// Sign signs a digest: ECDSA in ASN.1, or RSA as opts says (PKCS#1 v1.5, or PSS with a salt as long as the hash). It takes no longer than Options.Deadline and SignWait together.
 func (s *Signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*s.token.o.Deadline+longestSignWait)
+	ctx, cancel := context.WithTimeout(context.Background(), s.token.o.Deadline+SignWait)
 	defer cancel()
 	return s.SignContext(ctx, digest, opts)
 }
 
-// longestSignWait is how long a signature waits for a new generation.
-const longestSignWait = 10 * time.Second
+// SignWait is how long Sign waits for its turn and, once a call of the module has hung, for a new generation: those who wait for a signature have limits of their own.
+const SignWait = 3 * time.Second
 
 // SignContext is Sign with a limit of the caller's own.
 func (s *Signer) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
@@ -61,6 +60,11 @@ func (s *Signer) SignContext(ctx context.Context, digest []byte, opts crypto.Sig
 		}
 		own := request
 		own.reference = reference
+		leave, err := g.enter(ctx)
+		if err != nil {
+			return err
+		}
+		defer leave()
 		raw, err := g.ask(ctx, kindSign, digest, own.encode(), s.token.o.Deadline)
 		if err != nil {
 			return err
@@ -106,16 +110,18 @@ func (s *Signer) reference(ctx context.Context, g *generation) (uint32, error) {
 	}
 	g.mu.Unlock()
 	if !there {
-		f.reply, f.err = askFor[findReply](context.WithoutCancel(ctx), g, kindFind, findRequest{Public: s.der}, findLimit)
-		if f.err == nil && string(f.reply.Key.PublicDER) != string(s.der) {
-			f.err = errors.New("the child found another key than the one that was asked for")
-		}
-		if f.err != nil { // whoever comes later asks anew
-			g.mu.Lock()
-			delete(g.found, string(s.der))
-			g.mu.Unlock()
-		}
-		close(f.done)
+		go func() { // it is for all who wait, however long the first of them does
+			f.reply, f.err = askFor[findReply](context.WithoutCancel(ctx), g, kindFind, findRequest{Public: s.der}, findLimit)
+			if f.err == nil && string(f.reply.Key.PublicDER) != string(s.der) {
+				f.err = errors.New("the child found another key than the one that was asked for")
+			}
+			if f.err != nil { // whoever comes later asks anew
+				g.mu.Lock()
+				delete(g.found, string(s.der))
+				g.mu.Unlock()
+			}
+			close(f.done)
+		}()
 	}
 	select {
 	case <-f.done:

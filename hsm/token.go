@@ -54,7 +54,8 @@ type Token struct {
 	since    time.Time     // of the problem
 	latch    *latch
 	closed   bool
-	stop     chan struct{}
+	stopping context.Context // ends with Close
+	stop     context.CancelFunc
 	running  sync.WaitGroup
 }
 
@@ -85,7 +86,9 @@ func Open(o Options) (*Token, error) {
 	if err := KeepOutOfDumps(); err != nil {
 		return nil, fmt.Errorf("keeping the PIN out of core dumps: %w", err)
 	}
-	return &Token{o: o, log: o.Logger, latch: newLatch(o.StateDir, o.URI), stop: make(chan struct{})}, nil
+	t := &Token{o: o, log: o.Logger, latch: newLatch(o.StateDir, o.URI)}
+	t.stopping, t.stop = context.WithCancel(context.Background())
+	return t, nil
 }
 
 // Close ends the child, in good order if that goes quickly. Nothing works after it.
@@ -96,7 +99,7 @@ func (t *Token) Close() error {
 		return nil
 	}
 	t.closed = true
-	close(t.stop)
+	t.stop()
 	current, last := t.current, t.last
 	t.current, t.last = nil, nil
 	t.mu.Unlock()
@@ -203,7 +206,7 @@ func (t *Token) begin(s *start) {
 		defer timer.Stop()
 		select {
 		case <-timer.C:
-		case <-t.stop:
+		case <-t.stopping.Done():
 		}
 	}
 	g, err := t.launch(number)
@@ -243,10 +246,8 @@ func (t *Token) begin(s *start) {
 
 // launch starts a child, loads the module in it, and logs in: with a PIN that was refused before not until its source has changed.
 func (t *Token) launch(number uint64) (*generation, error) {
-	select {
-	case <-t.stop:
+	if t.stopping.Err() != nil {
 		return nil, ErrClosed
-	default:
 	}
 	u := t.o.URI
 	request := startRequest{Module: u.ModulePath, Parameters: t.o.Parameters, Token: u.Token, Serial: u.Serial, Manufacturer: u.Manufacturer, Model: u.Model, Sessions: t.o.Sessions}
@@ -272,12 +273,12 @@ func (t *Token) launch(number uint64) (*generation, error) {
 			pin, request.PINPipe = []byte(text), true
 		}
 	}
-	g, err := startChild(number, pin, u.PINSource.Variable, t.log)
+	g, err := startChild(number, t.o.Sessions, pin, u.PINSource.Variable, t.log)
 	clear(pin)
 	if err != nil {
 		return nil, err
 	}
-	ctx := context.Background() // the limits of the calls count
+	ctx := t.stopping // the limits of the calls count, and the end of it all
 	said, err := g.ask(ctx, kindHello, nil, []byte(protocol), startLimit)
 	if err == nil && string(said) != protocol {
 		err = fmt.Errorf("the child speaks %.40q, and this program %q: they are not the same program", said, protocol)
@@ -301,6 +302,9 @@ func (t *Token) launch(number uint64) (*generation, error) {
 		}
 	}
 	g.end()
+	if t.stopping.Err() != nil {
+		err = ErrClosed
+	}
 	return nil, err
 }
 

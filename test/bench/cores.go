@@ -38,11 +38,13 @@ func findCores() (cores, error) {
 	return c, nil
 }
 
-func pin(thread, core int) error {
+func pin(thread int, on ...int) error {
 	var set unix.CPUSet
-	set.Set(core)
+	for _, core := range on {
+		set.Set(core)
+	}
 	if err := unix.SchedSetaffinity(thread, &set); err != nil {
-		return fmt.Errorf("pinning a thread to core %d: %w", core, err)
+		return fmt.Errorf("pinning a thread to core %d: %w", on, err)
 	}
 	return nil
 }
@@ -67,7 +69,12 @@ func (c cores) settle() error {
 }
 
 // start starts a command on a core, where its threads stay. It is killed when this process ends before it.
-func (c cores) start(core int, command *exec.Cmd) (err error) {
+func (c cores) start(core int, command *exec.Cmd) error { return startOn(command, core) }
+
+// startOnBoth starts a command that has both cores.
+func (c cores) startOnBoth(command *exec.Cmd) error { return startOn(command, c.server, c.generator) }
+
+func startOn(command *exec.Cmd, on ...int) (err error) {
 	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // a child begins where the thread is that makes it
 	defer runtime.UnlockOSThread()
@@ -75,7 +82,7 @@ func (c cores) start(core int, command *exec.Cmd) (err error) {
 	if err := unix.SchedGetaffinity(0, &before); err != nil {
 		return err
 	}
-	if err := pin(0, core); err != nil {
+	if err := pin(0, on...); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, unix.SchedSetaffinity(0, &before)) }()

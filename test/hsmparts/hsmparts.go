@@ -142,6 +142,7 @@ type TPM struct {
 	port    int
 	pid     int
 	manager *exec.Cmd
+	ended   chan struct{} // once it has
 }
 
 // NewTPM makes a software TPM with a token on it, which bears any number of wrong PINs: to a TPM, being killed after a login is one.
@@ -218,21 +219,34 @@ func (m *TPM) Start(t testing.TB) {
 	t.Fatal("swtpm does not start")
 }
 
-// manage starts the resource manager, and waits until it answers.
+// manage starts the resource manager, and waits until it answers. It ends when it finds no bus, or no TPM, yet: then it is started again.
 func (m *TPM) manage(t testing.TB) {
 	t.Helper()
-	m.manager = exec.Command("tpm2-abrmd", "--session", "--allow-root", fmt.Sprintf("--tcti=swtpm:host=127.0.0.1,port=%d", m.port))
-	if err := m.manager.Start(); err != nil {
-		t.Fatal(err)
-	}
 	var err error
-	for range 500 {
-		var out []byte
-		if out, err = exec.Command("tpm2_getcap", "properties-fixed").CombinedOutput(); err == nil {
-			return
+	for range 50 {
+		m.manager = exec.Command("tpm2-abrmd", "--session", "--allow-root", fmt.Sprintf("--tcti=swtpm:host=127.0.0.1,port=%d", m.port))
+		if err := m.manager.Start(); err != nil {
+			t.Fatal(err)
 		}
-		err = fmt.Errorf("%w: %s", err, out)
-		<-time.After(20 * time.Millisecond)
+		ended := make(chan struct{})
+		go func(c *exec.Cmd) {
+			_ = c.Wait() // whether it answers is what counts
+			close(ended)
+		}(m.manager)
+		m.ended = ended
+		for running := true; running; {
+			var out []byte
+			if out, err = exec.Command("tpm2_getcap", "properties-fixed").CombinedOutput(); err == nil {
+				return
+			}
+			err = fmt.Errorf("%w: %s", err, out)
+			select {
+			case <-ended:
+				running = false
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+		<-time.After(50 * time.Millisecond)
 	}
 	t.Fatalf("the resource manager of the TPM does not answer: %v", err)
 }
@@ -268,8 +282,8 @@ func (m *TPM) Signal(t testing.TB, s syscall.Signal) {
 // Kill ends the TPM's process at once, and its resource manager, which would not find it again. It waits until they are gone.
 func (m *TPM) Kill() {
 	if m.manager != nil {
-		_ = m.manager.Process.Kill()
-		_ = m.manager.Wait()
+		_ = m.manager.Process.Kill() // it may have ended
+		<-m.ended
 		m.manager = nil
 	}
 	if m.pid == 0 {
@@ -308,7 +322,7 @@ func Opencryptoki(t testing.TB) *Part {
 	if wipe() != nil { // it is new, or somebody else's
 		initialise(t, p.Dir)
 		if err := wipe(); err != nil {
-			t.Fatalf("opencryptoki's token cannot be used: %v; delete /var/lib/opencryptoki/swtok/* and let the test make it anew", err)
+			t.Fatalf("opencryptoki's token cannot be used: %v", err)
 		}
 	}
 	return p
@@ -330,9 +344,20 @@ func (p *Part) wipe() error {
 	return err
 }
 
-// initialise makes the token, as opencryptoki's manual has it.
+// initialise makes the token, as opencryptoki's manual has it. What is left of another one goes first: a second C_InitToken leaves a token to which its security officer cannot log in.
 func initialise(t testing.TB, dir string) {
 	t.Helper()
+	for _, pattern := range []string{"/var/lib/opencryptoki/swtok/NVTOK.DAT", "/var/lib/opencryptoki/swtok/MK_*", "/var/lib/opencryptoki/swtok/TOK_OBJ/*", "/dev/shm/var.lib.opencryptoki.swtok"} {
+		paths, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range paths {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	c := exec.CommandContext(t.Context(), "pkcsconf", "-I", "-c", "3", "-S", "87654321")
 	c.Dir, c.Stdin = dir, strings.NewReader("tok\n")
 	if out, err := c.CombinedOutput(); err != nil {

@@ -27,8 +27,8 @@ type kedge struct {
 	process    *process // the latest start
 }
 
-// startKedge starts a CA that believes its issuer's tokens, and those of further ones (lines of YAML), and waits until it is ready.
-func startKedge(t *testing.T, furtherIssuers ...string) *kedge {
+// startKedge starts a CA that believes its issuer's tokens, and waits until it is ready. Further lines of its configuration are further token issuers, and then whole sections.
+func startKedge(t *testing.T, further ...string) *kedge {
 	t.Helper()
 	dir := t.TempDir()
 	k := &kedge{
@@ -48,7 +48,7 @@ profiles: { default: { minTTL: 2s, maxTTL: 24h } }
 callers:
   tokenIssuers:
     - { name: main, kind: kubernetes, issuer: "%s", audiences: [istio-ca], jwksFile: jwks.json }
-%s`, trustDomain, k.address, k.operations, k.issuer.url, strings.Join(furtherIssuers, "")))
+%s`, trustDomain, k.address, k.operations, k.issuer.url, strings.Join(further, "")))
 	k.start(t)
 	return k
 }

@@ -107,6 +107,10 @@ func (v *validation) pkcs11(c, usual *Config) {
 	if p.Timeout.Std() < 100*time.Millisecond || p.Timeout.Std() > maxPluginTimeout {
 		v.refuse("pkcs11.timeout", "%s is not between 100ms and %s", p.Timeout, Duration(maxPluginTimeout))
 	}
+	if longest := p.Timeout.Std() + hsm.SignWait; c.IssuingCA.KeyStore == KeyStorePKCS11 && longest > c.CSR.CallTimeout.Std() {
+		v.refuse("pkcs11.timeout", "%s is too long: with the %s that a signature may wait it is more than csr.callTimeout %s, so that calls would be cut off before the token is", p.Timeout,
+			Duration(hsm.SignWait), c.CSR.CallTimeout)
+	}
 	if p.AllowExportableKeys {
 		v.warn("pkcs11.allowExportableKeys", "keys are used that may exist outside the token: who has a copy of one can make any identity")
 	}
