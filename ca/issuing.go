@@ -334,7 +334,7 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 	if changed {
 		err = errors.Join(err, c.reload(ctx))
 	}
-	given, rootsErr := c.givenRoots(ctx)
+	given, _, rootsErr := c.givenRoots(ctx)
 	if rootsErr != nil {
 		return err // it is noted as the root's
 	}

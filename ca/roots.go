@@ -23,7 +23,7 @@ func (c *CA) takeUpRoots(ctx context.Context) error {
 	if err != nil && !firstDay {
 		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
 	}
-	given, err := c.givenRoots(ctx)
+	given, own, err := c.givenRoots(ctx)
 	if err != nil && !firstDay {
 		return fmt.Errorf("%w: what the ledger knows of it goes on serving: %w", errRootAway, err)
 	}
@@ -31,7 +31,7 @@ func (c *CA) takeUpRoots(ctx context.Context) error {
 		return err
 	}
 	if firstDay {
-		return c.recordRoots(ctx, given)
+		return c.recordRoots(ctx, given, own)
 	}
 	if err := c.lock(ctx); err != nil {
 		return err
@@ -40,45 +40,54 @@ func (c *CA) takeUpRoots(ctx context.Context) error {
 	return c.followRoots(ctx, given)
 }
 
-// givenRoots asks what is to be trusted: the root's anchors first, the one that issuing CAs chain to before the others.
-func (c *CA) givenRoots(ctx context.Context) (given []*x509.Certificate, err error) {
+// givenRoots asks what is to be trusted: the root's own anchors first, so many, and the one that issuing CAs chain to before the others.
+func (c *CA) givenRoots(ctx context.Context) (given []*x509.Certificate, own int, err error) {
 	all, err := c.root.Roots(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("asking the root for its trust anchors: %w", err)
+		return nil, 0, fmt.Errorf("asking the root for its trust anchors: %w", err)
 	}
 	if len(all) == 0 {
-		return nil, errors.New("the root has no trust anchor")
+		return nil, 0, errors.New("the root has no trust anchor")
 	}
+	named := len(all)
 	if c.anchors != nil {
 		more, err := c.anchors.Anchors(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("asking for the trust anchors besides the root's: %w", err)
+			return nil, 0, fmt.Errorf("asking for the trust anchors besides the root's: %w", err)
 		}
 		all = append(all[:len(all):len(all)], more...)
 	}
 	seen := map[ledger.Hash]bool{}
-	for _, root := range all {
+	for i, root := range all {
 		id := AuthorityID(root)
 		if seen[id] {
 			continue
 		}
 		seen[id] = true
 		if err := checkRoot(root, c.td, c.now()); err != nil {
-			return nil, fmt.Errorf("the root certificate %q cannot be a trust anchor: %w", root.Subject, err)
+			return nil, 0, fmt.Errorf("the root certificate %q cannot be a trust anchor: %w", root.Subject, err)
 		}
 		given = append(given, root)
+		if i < named {
+			own++
+		}
 	}
-	return given, nil
+	return given, own, nil
 }
 
-// recordRoots begins the ledger: the roots become active, and the first bundle holds them.
-func (c *CA) recordRoots(ctx context.Context, roots []*x509.Certificate) error {
+// recordRoots begins the ledger: the first bundle holds the roots, and the root's own become active. The anchors besides them are others', and who holds a certificate from before
+// this CA may lack them: they are prepared.
+func (c *CA) recordRoots(ctx context.Context, roots []*x509.Certificate, own int) error {
 	var events []ledger.Body
 	bundle := &ledger.Bundle{TrustDomain: c.td.Name(), Sequence: 1, Floor: 1, Reason: "first start"}
-	for _, root := range roots {
+	for i, root := range roots {
+		state, coverage := ledger.StateActive, c.rootCoverage
+		if i >= own {
+			state, coverage = ledger.StatePrepared, c.foreign()
+		}
 		events = append(events, &ledger.Authority{
-			ID: AuthorityID(root), TrustDomain: c.td.Name(), To: ledger.StateActive, Reason: "first start", By: "kedge",
-			Record: &ledger.Founded{Kind: "x509", Role: ledger.RoleRoot, Key: keyID(root), Certificate: root.Raw, Coverage: c.rootCoverage},
+			ID: AuthorityID(root), TrustDomain: c.td.Name(), To: state, Reason: "first start", By: "kedge",
+			Record: &ledger.Founded{Kind: "x509", Role: ledger.RoleRoot, Key: keyID(root), Certificate: root.Raw, Coverage: coverage},
 		})
 		bundle.Roots = append(bundle.Roots, root.Raw)
 	}
@@ -99,13 +108,14 @@ func (c *CA) followRoots(ctx context.Context, given []*x509.Certificate) error {
 	if err != nil {
 		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
 	}
-	known, stands := map[ledger.Hash]ledger.AuthorityRecord{}, map[ledger.Hash]bool{}
+	known, stands, signed := map[ledger.Hash]ledger.AuthorityRecord{}, map[ledger.Hash]bool{}, map[ledger.Hash]bool{}
 	common := false
 	for _, root := range given {
 		stands[AuthorityID(root)] = true
 	}
 	for _, record := range records {
 		if record.Role != ledger.RoleRoot {
+			signed[record.Root] = true // none enters under a root that may not be active
 			continue
 		}
 		known[record.ID] = record
@@ -131,8 +141,11 @@ func (c *CA) followRoots(ctx context.Context, given []*x509.Certificate) error {
 				Certificate: root.Raw, Coverage: c.foreign()}
 		case record.State == ledger.StateRemoved:
 			transition(id, record.State, ledger.StatePrepared, "a trust anchor again")
-		case record.State == ledger.StateRetired:
+		case record.State == ledger.StateRetired && signed[id]:
 			transition(id, record.State, ledger.StateActive, "a trust anchor again")
+			continue
+		case record.State == ledger.StateRetired: // it never signed, and may do so only once every holder has it
+			transition(id, record.State, ledger.StatePrepared, "a trust anchor again")
 			continue
 		default:
 			continue
@@ -140,7 +153,8 @@ func (c *CA) followRoots(ctx context.Context, given []*x509.Certificate) error {
 		next.Roots, next.Floor, next.Reason = append(next.Roots, root.Raw), next.Sequence, "a new trust anchor"
 	}
 	for _, record := range known {
-		if record.State == ledger.StateActive && !stands[record.ID] && !c.signsUnder(record.ID) {
+		trusted := record.State == ledger.StateActive || record.State == ledger.StatePrepared
+		if trusted && !stands[record.ID] && !c.signsUnder(record.ID) {
 			transition(record.ID, record.State, ledger.StateRetired, "the root no longer names it")
 		}
 	}
@@ -184,8 +198,11 @@ func (c *CA) removeRoots(ctx context.Context, given []*x509.Certificate) error {
 	next.Sequence, next.Roots, next.Reason = next.Sequence+1, nil, "a trust anchor was given up"
 	var events []ledger.Body
 	for _, root := range t.roots {
-		idle := root.record.State == ledger.StateRetired || root.record.State == ledger.StatePrepared
-		if stands[root.record.ID] || busy[root.record.ID] || !idle || now.Before(c.unseen(root).Add(removalMargin)) {
+		end := c.unseen(root)
+		if root.record.Coverage.Kind == "foreign" { // others may have signed under it for as long as it was named
+			end = later(end, earlier(root.record.Since.Time().Add(c.foreignWindow), root.notAfter))
+		}
+		if stands[root.record.ID] || busy[root.record.ID] || root.record.State != ledger.StateRetired || now.Before(end.Add(removalMargin)) {
 			next.Roots = append(next.Roots, root.cert.Raw)
 			continue
 		}

@@ -441,3 +441,71 @@ func TestFurtherTrustAnchorsComeAndGo(t *testing.T) {
 	f.chores(t)
 	expect(4, anchor, other)
 }
+
+// rootState is what the ledger has of a root.
+func (f *fixture) rootState(t *testing.T, root *madeCA) ledger.AuthorityRecord {
+	t.Helper()
+	records, err := f.ledger.Authorities()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, record := range records {
+		if record.ID == ca.AuthorityID(root.cert) {
+			return record
+		}
+	}
+	t.Fatalf("the ledger lacks %s", root.cert.Subject)
+	return ledger.AuthorityRecord{}
+}
+
+// An anchor of the first day is somebody else's whatever the root is: who got a certificate from before this CA lacks it.
+func TestAnAnchorOfTheFirstDayIsForeignAndSignsOnlyOnceEveryHolderHasIt(t *testing.T) {
+	f, root, anchor := newMoving(t)
+	f.foreign = ledger.Coverage{Kind: "foreign", Until: ledger.At(f.clock.clock().Wall().Add(f.window))}
+	next := makeCA(t, f, "the next root", nil, nil)
+	f.anchors = &somebodysAnchors{all: []*x509.Certificate{next.cert}}
+	f.mustOpen(t)
+	if record := f.rootState(t, next); record.State != ledger.StatePrepared || record.Coverage.Kind != "foreign" {
+		t.Errorf("the anchor is %s, with coverage %s", record.State, record.Coverage.Kind)
+	}
+	intermediate := makeCA(t, f, "an intermediate of the next root", next, nil)
+	root.set(func() { root.anchors = []*madeCA{next, anchor} })
+	root.bring(intermediate)
+	f.chores(t)
+	if err := f.ca.RenewIssuing(t.Context()); err == nil || !strings.Contains(err.Error(), "no issuing CA signs under the new root") {
+		t.Errorf("it signs under a root that holders from before this CA lack: %v", err)
+	}
+	f.clock.pass(f.window + time.Hour)
+	if err := f.ca.RenewIssuing(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Others sign under an anchor for as long as it is named: what they signed last lives on for the whole window after that.
+func TestAnAnchorThatIsGivenUpStaysUntilWhatOthersSignedUnderItHasEnded(t *testing.T) {
+	f, root, anchor := newMoving(t)
+	other := makeCA(t, f, "others' root", nil, nil)
+	anchors := &somebodysAnchors{}
+	f.anchors = anchors
+	f.mustOpen(t)
+	anchors.all = []*x509.Certificate{other.cert}
+	f.chores(t)
+	f.clock.pass(10 * f.window)
+	anchors.all = nil
+	f.chores(t)
+	if got := f.rootState(t, other).State; got != ledger.StateRetired || len(f.ca.Bundle().Roots) != 2 {
+		t.Fatalf("an anchor that was just given up is %s, and the bundle has %d roots", got, len(f.ca.Bundle().Roots))
+	}
+	anchors.all = []*x509.Certificate{other.cert} // a file that was cut short, and is whole again
+	f.chores(t)
+	if got := f.rootState(t, other).State; got != ledger.StatePrepared || len(f.ca.Bundle().Roots) != 2 {
+		t.Fatalf("an anchor that is named again and never signed is %s, and the bundle has %d roots", got, len(f.ca.Bundle().Roots))
+	}
+	anchors.all = nil
+	f.chores(t)
+	f.clock.pass(f.window + 2*time.Hour)
+	f.chores(t)
+	if roots := f.ca.Bundle().Roots; len(roots) != 1 || !roots[0].Equal(anchor.cert) || root.anchors[0] != anchor {
+		t.Errorf("after the window the bundle has %d roots", len(roots))
+	}
+}

@@ -399,6 +399,9 @@ var ways = map[[2]State]bool{
 	{StateRetired, StateActive}: true, {StateRemoved, StatePrepared}: true,
 }
 
+// rootWays are those of a root besides: one that never signed is given up for a time, in which others' certificates under it end, and may come back.
+var rootWays = map[[2]State]bool{{StatePrepared, StateRetired}: true, {StateRetired, StatePrepared}: true}
+
 func (b *batch) authority(event *Authority, encoded []byte) error {
 	if event.TrustDomain != b.l.o.TrustDomain {
 		return fmt.Errorf("authority %s is of the trust domain %q; this ledger is for %q", event.ID, event.TrustDomain, b.l.o.TrustDomain)
@@ -424,7 +427,7 @@ func (b *batch) authority(event *Authority, encoded []byte) error {
 		return fmt.Errorf("authority %s is %s already, and the event says nothing new: %w", event.ID, event.To, ErrAlready)
 	case event.From == event.To && row.Tainted:
 		return fmt.Errorf("authority %s is tainted already: %w", event.ID, ErrAlready)
-	case event.From != event.To && !ways[[2]State{event.From, event.To}]:
+	case event.From != event.To && !ways[[2]State{event.From, event.To}] && (row.Founded.Role != RoleRoot || !rootWays[[2]State{event.From, event.To}]):
 		return fmt.Errorf("authority %s cannot go from %s to %s: the ways are prepared, active, retired, removed, and prepared, removed; and back from retired to active "+
 			"and from removed to prepared", event.ID, event.From, event.To)
 	case row.Tainted && (event.To == StateActive || event.To == StatePrepared):
