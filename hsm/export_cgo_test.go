@@ -111,3 +111,30 @@ func Raw(o Options, label string, d time.Duration, verify bool) (perSecond float
 	}
 	return float64(made.Load()) / time.Since(began).Seconds(), nil
 }
+
+// WithoutLogin loads a module into the test's own process, loses the login, and tells what finding, listing and deleting the key of a label then say.
+func WithoutLogin(o Options, label string) map[string]error {
+	u := o.URI
+	m, _, err := startModule(startRequest{Module: u.ModulePath, Parameters: o.Parameters, Token: u.Token, Serial: u.Serial, PINFile: u.PINSource.File, Sessions: 1})
+	if err == nil {
+		err = (&Module{m}).NewSession()
+	}
+	if err != nil {
+		return map[string]error{"before": &Error{text: err.Error(), reason: reasonNotFound}}
+	}
+	defer m.finalize()
+	answers := map[string]error{}
+	said := func(what string, err error) {
+		var f *failure
+		if errors.As(err, &f) {
+			err = &Error{text: f.Text, reason: f.Reason}
+		}
+		answers[what] = err
+	}
+	_, err = m.find(m.sessions[0], findRequest{Label: label})
+	said("find", err)
+	_, err = m.list(m.sessions[0], listRequest{Label: label})
+	said("list", err)
+	said("delete", m.remove(deleteRequest{Label: label}))
+	return answers
+}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -324,6 +325,9 @@ func TestTheChildKeepsOutOfDumpsAndEndsWithItsParent(t *testing.T) {
 // fakeChild is the variable with which the test program is a child that misbehaves.
 const fakeChild = "KEDGE_TEST_FAKE_CHILD"
 
+// fakeFile is the variable with the file of a child that misbehaves.
+const fakeFile = "KEDGE_TEST_FAKE_FILE"
+
 // misbehave is a child that does not keep to what was agreed, in one of several ways.
 func misbehave(how string) int {
 	socket := os.NewFile(3, "parent")
@@ -345,8 +349,27 @@ func misbehave(how string) int {
 		b = binary.BigEndian.AppendUint64(b, generation)
 		_, _ = socket.Write(append(append(b, 0), payload...))
 	}
+	if how == "grandchild" { // until the test opens the other end
+		_, _ = os.ReadFile(os.Getenv(fakeFile))
+		return 0
+	}
 	kind, id, generation := read()
 	switch how {
+	case "a program is left behind":
+		left := exec.Command("/proc/self/exe", os.Args[1:]...)
+		left.Env, left.Stderr = append(os.Environ(), fakeChild+"=grandchild"), os.Stderr
+		if err := left.Start(); err != nil {
+			return 1
+		}
+		return 0
+	case "mute":
+		_ = os.WriteFile(os.Getenv(fakeFile), nil, 0o600)
+	case "mute once logged in":
+		write(kind, id, generation, hsm.Protocol)
+		_, id, generation = read()
+		write(9, id, generation, "{}")
+		read()
+		_ = os.WriteFile(os.Getenv(fakeFile), nil, 0o600)
 	case "garbage":
 		_, _ = socket.Write(bytes.Repeat([]byte{0, 0, 0, 20, 99}, 100))
 	case "a long frame":
@@ -380,6 +403,97 @@ func TestAChildThatMisbehavesIsTrustedInNothing(t *testing.T) {
 		}
 		token.Close()
 	}
+}
+
+func TestAProgramThatAModuleLeavesBehindKeepsNobodyWaiting(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	held, err := os.OpenFile(fifo, os.O_RDWR, 0) // opens at once; the program that is left behind reads until it is closed
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	t.Setenv(fakeFile, fifo)
+	t.Setenv(fakeChild, "a program is left behind")
+	token := open(t, p, nil)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := token.Keys(t.Context())
+		answer <- err
+	}()
+	select {
+	case err := <-answer:
+		if !errors.Is(err, hsm.ErrUnavailable) {
+			t.Error(err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("whoever asks waits for a program that the module left behind")
+	}
+}
+
+func TestCloseEndsAStartThatHangs(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	file := filepath.Join(t.TempDir(), "started")
+	t.Setenv(fakeFile, file)
+	t.Setenv(fakeChild, "mute")
+	token := open(t, p, nil)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := token.Keys(t.Context())
+		answer <- err
+	}()
+	eventually(t, func() error { _, err := os.Stat(file); return err })
+	if err := token.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-answer; !errors.Is(err, hsm.ErrClosed) { // else it waited until the start took too long
+		t.Error(err)
+	}
+}
+
+func TestASignatureWaitsForAKeyThatIsLookedForNoLongerThanItsContext(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	token := open(t, p, nil)
+	signer, _ := generate(t, token, p.Specs[0], "kedge")
+	file := filepath.Join(t.TempDir(), "asked")
+	t.Setenv(fakeFile, file)
+	t.Setenv(fakeChild, "mute once logged in")
+	if err := syscall.Kill(token.ChildPID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	before := token.Restarts()
+	ctx, cancel := context.WithCancel(t.Context())
+	answer := make(chan error, 1)
+	digest := sha256.Sum256(nil)
+	go func() {
+		_, err := signer.SignContext(ctx, digest[:], crypto.SHA256)
+		answer <- err
+	}()
+	eventually(t, func() error { _, err := os.Stat(file); return err })
+	cancel()
+	if err := <-answer; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if n := token.Restarts() - before; n != 1 {
+		t.Errorf("it waited for the key until the child was replaced: %d starts", n)
+	}
+}
+
+// TestASearchWithoutALoginIsNoAnswer: modules answer with no keys and no error.
+func TestASearchWithoutALoginIsNoAnswer(t *testing.T) {
+	each(t, func(t *testing.T, p *hsmparts.Part) {
+		token := open(t, p, nil)
+		generate(t, token, p.Specs[0], "kedge")
+		token.Close()
+		for what, err := range hsm.WithoutLogin(p.Options(), "kedge") {
+			if err == nil || errors.Is(err, hsm.ErrNotFound) {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	})
 }
 
 func TestAModuleThatIsNoneIsToldFromATokenThatIsAway(t *testing.T) {

@@ -83,6 +83,7 @@ func startChild(number uint64, sessions int, pin []byte, variable string, log *s
 	}
 	said := &lineLog{log: log, generation: number}
 	g.process.Stderr = said
+	g.process.WaitDelay = exitLimit // a module may start programs that keep the child's standard error open for good
 	if err := g.process.Start(); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("starting the child that the module lives in: %w", err)

@@ -27,6 +27,7 @@ type module struct {
 	ctx      *pkcs11.Ctx
 	slot     uint
 	sessions []pkcs11.SessionHandle
+	loggedIn bool // there was a PIN
 
 	objects sync.RWMutex // of the token: one that is deleted while it is looked at would seem a lost login
 
@@ -165,7 +166,8 @@ func (m *module) login(r startRequest, flags uint) (source sourceIdentity, err e
 	defer clear(pin)
 	err = m.ctx.Login(m.sessions[0], pkcs11.CKU_USER, string(pin))
 	var code pkcs11.Error
-	if !errors.As(err, &code) || code == pkcs11.CKR_USER_ALREADY_LOGGED_IN {
+	if err == nil || errors.As(err, &code) && code == pkcs11.CKR_USER_ALREADY_LOGGED_IN {
+		m.loggedIn = true
 		return source, nil
 	}
 	switch code {
@@ -327,6 +329,9 @@ func (m *module) privateKeys(session pkcs11.SessionHandle, label string, id []by
 	handles, err := m.search(session, template...)
 	if err != nil {
 		return nil, err
+	}
+	if len(handles) == 0 && m.loggedIn { // to a session whose login was lost tokens answer that there is none
+		return nil, m.ping(session)
 	}
 	for _, handle := range handles {
 		data, err := m.describe(session, handle)
