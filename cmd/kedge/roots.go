@@ -23,9 +23,10 @@ type origins struct {
 	root     ca.Root
 	anchors  ca.Anchors // may be nil
 	keys     ca.KeyStore
-	coverage ledger.Coverage // of roots that the ledger does not know yet
-	recorded func() error    // to be called once the ledger has the root
-	vault    *vault.Client   // of both, once it is needed
+	coverage ledger.Coverage       // of roots that the ledger does not know yet
+	recorded func() error          // to be called once the ledger has the root
+	vault    *vault.Client         // of both, once it is needed
+	tokens   map[string]*hsm.Token // by URI, without a key
 	closers  []func() error
 }
 
@@ -181,13 +182,21 @@ func (o *origins) openVaultKeys(c *config.Config, log *slog.Logger) (ca.KeyStore
 	return keys, nil
 }
 
-// openToken opens a token. It asks the token for nothing yet.
+// openToken opens a token, once for root and key store: one child, and one try of a PIN. It asks the token for nothing yet.
 func (o *origins) openToken(c *config.Config, uri hsm.URI, dataDir string, log *slog.Logger) (*hsm.Token, error) {
+	uri.Object, uri.ID = "", nil // a key is found by its public half
+	if token := o.tokens[uri.String()]; token != nil {
+		return token, nil
+	}
 	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: c.PKCS11.ModuleParameters, Sessions: c.PKCS11.Sessions, Deadline: c.PKCS11.Timeout.Std(),
 		StateDir: filepath.Join(dataDir, "hsm"), Logger: log})
 	if err != nil {
 		return nil, err
 	}
+	if o.tokens == nil {
+		o.tokens = map[string]*hsm.Token{}
+	}
+	o.tokens[uri.String()] = token
 	o.closers = append(o.closers, token.Close)
 	return token, nil
 }
@@ -210,11 +219,9 @@ func (o *origins) openTokenKeys(c *config.Config, dataDir string, log *slog.Logg
 	if err != nil {
 		return nil, fmt.Errorf("issuingCA.pkcs11.uri: %w", err)
 	}
-	label := uri.Object
-	uri.Object = "" // it begins the keys' labels, and names none
 	token, err := o.openToken(c, uri, dataDir, log)
 	if err != nil {
 		return nil, err
 	}
-	return pkcs11.OpenKeyStore(pkcs11.KeyStoreOptions{Token: token, Label: label, AllowExportable: c.PKCS11.AllowExportableKeys})
+	return pkcs11.OpenKeyStore(pkcs11.KeyStoreOptions{Token: token, Label: uri.Object, AllowExportable: c.PKCS11.AllowExportableKeys})
 }

@@ -1,0 +1,31 @@
+package main
+
+import (
+	"log/slog"
+	"testing"
+
+	"kedge/cmd/kedge/config"
+	"kedge/hsm"
+)
+
+// Two children would log in twice, and try a wrong PIN twice; and a TPM has room for few.
+func TestRootAndKeyStoreInOneTokenShareIt(t *testing.T) {
+	c := config.Default()
+	o := &origins{}
+	defer o.close()
+	var tokens []*hsm.Token
+	for _, text := range []string{"pkcs11:token=a;object=root?module-path=/m.so&pin-source=/p", "pkcs11:token=a;object=issuing?module-path=/m.so&pin-source=/p", "pkcs11:token=b?module-path=/m.so"} {
+		uri, err := hsm.ParseURI(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, err := o.openToken(c, uri, t.TempDir(), slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tokens = append(tokens, token)
+	}
+	if tokens[0] != tokens[1] || tokens[0] == tokens[2] {
+		t.Error("a token is opened twice, or two are taken for one")
+	}
+}
