@@ -96,6 +96,8 @@ func TestBadFilesAreRefusedWithTheTextThatTheDocsPromise(t *testing.T) {
 		{"far from all", "log: {colour: true}", "log.colour: unknown key; valid ones here are level, format"},
 		{"near miss in a profile", "profiles: {web: {maxTLT: 1h}}", "profiles.web.maxTLT: unknown key; the nearest valid one is profiles.web.maxTTL"},
 		{"near miss in a list", issuer(", audience: [a]"), "callers.tokenIssuers[0].audience: unknown key; the nearest valid one is callers.tokenIssuers[0].audiences"},
+		{"a token URI without a token", `root: {kind: pkcs11, pkcs11: {uri: "pkcs11:object=a?module-path=/m.so", certificateFile: /r.pem}}`, "root.pkcs11.uri: it names no token: write token=LABEL or serial=NUMBER"},
+		{"a token URI without a module", `issuingCA: {keyStore: pkcs11, pkcs11: {uri: "pkcs11:token=a"}}`, "issuingCA.pkcs11.uri: it names no module: write module-path=/PATH.so behind the question mark"},
 		{"a secret in the file", "issuingCA: {passphrase: hunter2}", "issuingCA.passphrase: unknown key; valid ones here are lifetime, keyType, keyStore, passphraseFile, vault, pkcs11"},
 		{"number for text", "trustDomain: 5", "trustDomain: expected text, got the number 5: put it in quotes"},
 		{"truth for text", "dataDir: yes", "dataDir: expected text, got true: put it in quotes"},

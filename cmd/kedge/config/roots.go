@@ -121,8 +121,13 @@ func (v *validation) pkcs11URI(path, text string) {
 		v.refuse(path, "it is required, like pkcs11:token=LABEL;object=KEY?module-path=/PATH.so&pin-source=file:/PATH")
 		return
 	}
-	if _, err := hsm.ParseURI(text); err != nil {
+	switch uri, err := hsm.ParseURI(text); {
+	case err != nil:
 		v.refuse(path, "%v", err)
+	case uri.Token == "" && uri.Serial == "":
+		v.refuse(path, "it names no token: write token=LABEL or serial=NUMBER")
+	case uri.ModulePath == "":
+		v.refuse(path, "it names no module: write module-path=/PATH.so behind the question mark")
 	}
 }
 
