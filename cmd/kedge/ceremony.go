@@ -103,6 +103,19 @@ func perform(c *cobra.Command, f *tokenFlags, plan *ceremony.Plan, dry, allow bo
 		fmt.Fprintln(c.ErrOrStderr(), "nothing was made, signed or written: this was a dry run")
 		return nil
 	}
+	// All that the record says beside the outcome is known before there is one.
+	info, err := token.Info(c.Context())
+	if err != nil {
+		return err
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("finding this machine's name for the record: %w", err)
+	}
+	who, err := user.Current()
+	if err != nil {
+		return fmt.Errorf("finding the user for the record: %w", err)
+	}
 	signed, err := prepared.Sign(signer)
 	if err != nil {
 		return err
@@ -111,20 +124,10 @@ func perform(c *cobra.Command, f *tokenFlags, plan *ceremony.Plan, dry, allow bo
 	if err != nil {
 		return err
 	}
-	info, err := token.Info(c.Context())
-	if err != nil {
-		return err
-	}
 	uri.PINSource = hsm.PINSource{}
 	record.Token = ceremony.Token{URI: uri.String(), Label: info.Label, Serial: info.Serial, Model: info.Model, Module: info.Module, KeyMade: made, Attributes: attributesOf(key)}
 	record.Program, record.Began, record.Ended = "kedge "+version, began.UTC(), time.Now().UTC()
-	if record.Host, err = os.Hostname(); err != nil {
-		return fmt.Errorf("finding this machine's name for the record: %w", err)
-	}
-	who, err := user.Current()
-	if err != nil {
-		return fmt.Errorf("finding the user for the record: %w", err)
-	}
+	record.Host = host
 	record.User = fmt.Sprintf("%s (uid %s)", who.Username, who.Uid)
 	text, err := record.JSON()
 	if err != nil {
