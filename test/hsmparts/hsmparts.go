@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -254,12 +255,12 @@ func (m *TPM) manage(t testing.TB) {
 // twoPorts finds two free ports, one above the other: the control port is where clients look for it.
 func twoPorts(t testing.TB) int {
 	t.Helper()
-	for range 100 {
-		one, err := net.Listen("tcp", "127.0.0.1:0")
+	for range 100 { // below the ports that the kernel hands out: next to one of those there is often another
+		port := 10000 + rand.IntN(20000)
+		one, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err != nil {
-			t.Fatal(err)
+			continue
 		}
-		port := one.Addr().(*net.TCPAddr).Port
 		two, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port+1))
 		one.Close()
 		if err == nil {
