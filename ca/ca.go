@@ -34,6 +34,9 @@ type Options struct {
 	Logger          *slog.Logger
 }
 
+// restartLimit is how long a restart waits for the root and the key store. Open makes what is missing, and what it cannot make by then Run does.
+const restartLimit = 10 * time.Second
+
 // DefaultProfile is the name of the profile that a caller gets who names none.
 const DefaultProfile = "default"
 
@@ -87,6 +90,11 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 	}
 	c.clients = NewClientCertificates(o.TrustDomain, o.Ledger, o.Clock.Wall)
 	first := o.Ledger.Head().Number == 0
+	if !first { // a root or a key store that hangs holds up no door: Run goes on with it
+		limited, cancel := context.WithTimeout(ctx, restartLimit)
+		defer cancel()
+		ctx = limited
+	}
 	c.Note("guarded clock", c.guarded.Save())
 	if err := c.takeUpRoots(ctx); errors.Is(err, errRootAway) {
 		c.Note("root", err)

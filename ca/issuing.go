@@ -343,7 +343,7 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 
 // destroyKeys deletes the keys of removed issuing CAs. Since deleting what is gone is no error, each is deleted once in a run of
 // the program: a crash between the removal and the deletion leaves nothing behind.
-func (c *CA) destroyKeys(ctx context.Context) error {
+func (c *CA) destroyKeys(ctx context.Context) (failed error) {
 	records, err := c.ledger.Authorities()
 	if err != nil {
 		return fmt.Errorf("reading the authorities from the ledger: %w", err)
@@ -353,12 +353,13 @@ func (c *CA) destroyKeys(ctx context.Context) error {
 			continue
 		}
 		if err := c.keys.Delete(ctx, record.KeyRef); err != nil {
-			return fmt.Errorf("destroying the key of the removed issuing CA %s: %w", record.ID, err)
+			failed = errors.Join(failed, fmt.Errorf("destroying the key of the removed issuing CA %s (one of another key store is for you to destroy there): %w", record.ID, err))
+			continue
 		}
 		c.destroyed[record.ID] = true
 		c.log.Info("the key of a removed issuing CA is destroyed", "authority", record.ID)
 	}
-	return nil
+	return failed
 }
 
 func certsByID(t *trust) map[ledger.Hash]*x509.Certificate {

@@ -79,7 +79,7 @@ func (l *latch) open() error {
 // mend says what to do about a closed one.
 func (l *latch) mend(source sourceIdentity) string {
 	if source.Inode != 0 || l.path == "" {
-		return "write the right PIN into it"
+		return "write the right PIN into it (the same one, once the token is unlocked)"
 	}
 	return "set the right PIN and delete " + l.path
 }

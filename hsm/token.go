@@ -433,10 +433,11 @@ func (t *Token) Generate(ctx context.Context, spec Spec, label string, id []byte
 			_, err = askFor[any](ctx, g, kindGenerate, generateRequest{Spec: spec, Label: label, ID: id}, generateLimit)
 		}
 		var said *Error
-		if err != nil && (g == nil || ctx.Err() != nil || errors.As(err, &said) && said.ofRequest()) {
+		made := attempt == 2 && errors.Is(err, ErrExists) // by the first attempt, whose answer did not come
+		if err != nil && !made && (g == nil || ctx.Err() != nil || errors.As(err, &said) && said.ofRequest()) {
 			return nil, Key{}, fmt.Errorf("making a %s key on the token %s: %w", spec, t.name(), err)
 		}
-		if err != nil { // perhaps it was made: what happened is looked at before it is asked for again
+		if err != nil && !made { // perhaps it was made: what happened is looked at before it is asked for again
 			g.fail(err)
 		}
 		signer, key, findErr := t.find(ctx, findRequest{Label: label, ID: id})

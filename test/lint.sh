@@ -29,6 +29,14 @@ go -C test/lint tool -n staticcheck >/dev/null
 go -C test/istio vet ./...
 go -C test/bench/istio vet ./...
 go -C test/vault/server vet ./...
+
+# Without cgo everything builds, and what needs a PKCS#11 module says what to do.
+nocgo=$(mktemp -d)
+trap 'rm -rf "$nocgo"' EXIT
+CGO_ENABLED=0 go build -o "$nocgo/kedge" ./cmd/kedge
+said=$("$nocgo/kedge" key list 'pkcs11:token=a?module-path=/m.so' 2>&1 || true)
+[[ $said == *'built without cgo'*'build it with CGO_ENABLED=1'* ]] || complain "without cgo it says: $said"
+
 go mod verify >/dev/null
 go mod tidy -diff
 [ $failed = 0 ] && echo "lint: good"
