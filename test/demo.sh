@@ -88,7 +88,7 @@ vault)
   say 'An OpenBao server with a root in its PKI engine, and a policy that allows Kedge what it needs'
   "$bao" secrets enable pki
   "$bao" secrets tune -max-lease-ttl=87600h pki
-  "$bao" write -field=serial_number pki/root/generate/internal common_name='Demo Root' key_type=ec key_bits=256 ttl=87600h max_path_length=1
+  "$bao" write pki/root/generate/internal common_name='Demo Root' key_type=ec key_bits=256 ttl=87600h max_path_length=1 >/dev/null 2>&1
   "$bao" policy write kedge - <<'HCL'
 path "pki/issuer/default"                   { capabilities = ["read"] }
 path "pki/issuer/default/sign-intermediate" { capabilities = ["update"] }
