@@ -276,7 +276,10 @@ func TestAPINThatCannotBeReadIsAnErrorAndNeverAnEmptyPIN(t *testing.T) {
 func TestThePINMayComeFromTheEnvironmentAndStaysOutOfTheChilds(t *testing.T) {
 	p := hsmparts.SoftHSM(t)
 	t.Setenv("KEDGE_TEST_PIN", hsmparts.PIN)
-	token := open(t, p, func(o *hsm.Options) { o.URI.PINSource = hsm.PINSource{Variable: "KEDGE_TEST_PIN"} })
+	t.Setenv("KEDGE_TEST_TOKEN", "another secret")
+	token := open(t, p, func(o *hsm.Options) {
+		o.URI.PINSource, o.Hide = hsm.PINSource{Variable: "KEDGE_TEST_PIN"}, []string{"KEDGE_TEST_TOKEN"}
+	})
 	if _, err := token.Keys(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -285,8 +288,8 @@ func TestThePINMayComeFromTheEnvironmentAndStaysOutOfTheChilds(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if bytes.Contains(text, []byte(hsmparts.PIN)) {
-			t.Errorf("the PIN is in the child's %s", file)
+		if bytes.Contains(text, []byte(hsmparts.PIN)) || bytes.Contains(text, []byte("another secret")) {
+			t.Errorf("a secret is in the child's %s", file)
 		}
 	}
 	unset := open(t, p, func(o *hsm.Options) { o.URI.PINSource = hsm.PINSource{Variable: "KEDGE_TEST_NO_PIN"} })

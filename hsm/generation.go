@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -49,7 +50,7 @@ type foundReference struct {
 }
 
 // startChild starts the program as its own child, and shakes hands. /proc/self/exe is this very program, also after an upgrade has put another one in its place.
-func startChild(number uint64, sessions int, pin []byte, variable string, log *slog.Logger) (*generation, error) {
+func startChild(number uint64, sessions int, pin []byte, hidden []string, log *slog.Logger) (*generation, error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("socketpair", err)
@@ -66,8 +67,8 @@ func startChild(number uint64, sessions int, pin []byte, variable string, log *s
 		turns: make(chan struct{}, 2*sessions), ended: make(chan struct{}), exited: make(chan struct{})}
 	g.process = exec.Command("/proc/self/exe", childVerb)
 	g.process.ExtraFiles = []*os.File{theirs}
+	g.process.Env = without(os.Environ(), hidden)
 	if pin != nil {
-		g.process.Env = withoutVariable(os.Environ(), variable)
 		reading, writing, err := os.Pipe()
 		if err != nil {
 			conn.Close()
@@ -90,7 +91,7 @@ func startChild(number uint64, sessions int, pin []byte, variable string, log *s
 	}
 	go func() {
 		_ = g.process.Wait() // how it ended is in its state
-		g.fail(fmt.Errorf("the child that the module lives in ended (%s)", g.process.ProcessState))
+		g.fail(fmt.Errorf("%w (%s)", errDied, g.process.ProcessState))
 		conn.Close()
 		close(g.exited)
 	}()
@@ -98,15 +99,12 @@ func startChild(number uint64, sessions int, pin []byte, variable string, log *s
 	return g, nil
 }
 
-// withoutVariable is the environment without one of its variables: the child gets the PIN through a pipe, and nothing else has it.
-func withoutVariable(environment []string, name string) []string {
-	var kept []string
-	for _, variable := range environment {
-		if !strings.HasPrefix(variable, name+"=") {
-			kept = append(kept, variable)
-		}
-	}
-	return kept
+// without is the environment without some of its variables: the child gets the PIN through a pipe, and no other secret.
+func without(environment, hidden []string) []string {
+	return slices.DeleteFunc(environment, func(variable string) bool {
+		name, _, _ := strings.Cut(variable, "=")
+		return slices.Contains(hidden, name)
+	})
 }
 
 // read takes the answers until the socket ends.
@@ -116,7 +114,7 @@ func (g *generation) read() {
 		f, err := readFrame(r)
 		if err != nil {
 			if errors.Is(err, io.EOF) {
-				err = errors.New("the child that the module lives in closed its socket")
+				err = fmt.Errorf("%w: it closed its socket", errDied)
 			}
 			g.fail(err)
 			return
@@ -164,6 +162,9 @@ func (g *generation) enter(ctx context.Context) (leave func(), err error) {
 		return nil, ctx.Err()
 	}
 }
+
+// errDied says that the child ended though it was not told to.
+var errDied = errors.New("the child that the module lives in ended")
 
 // errHangs says that the child did not answer in time.
 var errHangs = errors.New("it does not answer")

@@ -23,6 +23,7 @@ type Options struct {
 	Parameters string        // the reserved argument of C_Initialize, for modules that want one; "": none
 	Sessions   int           // signatures that the token makes at once; default 16
 	Deadline   time.Duration // of a call of the module, then its process is replaced; default 5 s
+	Hide       []string      // variables of the environment that the child does not get: where other secrets are
 	StateDir   string        // where it is remembered that a PIN was refused; "": only while the program runs
 	Logger     *slog.Logger  // default: nothing is logged
 }
@@ -35,7 +36,9 @@ const (
 	findLimit       = 30 * time.Second // of looking for keys, of which a token may have many
 	firstPause      = 200 * time.Millisecond
 	longestPause    = 10 * time.Second
-	soundAfter      = time.Minute // a generation that lasted so long was a good one: the next begins at once
+	// abruptPause is the longest pause when children that were logged in ended without ending their login: to a TPM each of them is a wrong PIN.
+	abruptPause = 5 * time.Minute
+	soundAfter  = time.Minute // a generation that lasted so long was a good one: the next begins at once
 )
 
 // Token is a token that is used through a module in a child process. Its methods may be called at once from several goroutines.
@@ -180,13 +183,17 @@ func (t *Token) lost(g *generation, err error) {
 		t.pause = 0
 	}
 	t.due = time.Now().Add(t.pause)
-	t.longer()
+	longest := longestPause
+	if errors.Is(err, errHangs) || errors.Is(err, errDied) {
+		longest = abruptPause
+	}
+	t.longer(longest)
 	t.last = g
 }
 
 // longer doubles the pause, with a tenth more or less, so that many CAs with one token do not come at the same time. t is locked.
-func (t *Token) longer() {
-	t.pause = min(max(2*t.pause, firstPause), longestPause)
+func (t *Token) longer(longest time.Duration) {
+	t.pause = min(max(2*t.pause, firstPause), longest)
 	t.pause += time.Duration((rand.Float64() - 0.5) / 5 * float64(t.pause))
 }
 
@@ -234,7 +241,7 @@ func (t *Token) begin(s *start) {
 		}
 		t.problem = err
 		t.due = time.Now().Add(t.pause)
-		t.longer()
+		t.longer(max(longestPause, t.pause))
 		if !errors.Is(err, ErrWrongPIN) {
 			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
@@ -273,7 +280,7 @@ func (t *Token) launch(number uint64) (*generation, error) {
 			pin, request.PINPipe = []byte(text), true
 		}
 	}
-	g, err := startChild(number, t.o.Sessions, pin, u.PINSource.Variable, t.log)
+	g, err := startChild(number, t.o.Sessions, pin, append([]string{u.PINSource.Variable}, t.o.Hide...), t.log)
 	clear(pin)
 	if err != nil {
 		return nil, err

@@ -10,6 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -37,7 +39,7 @@ func (f *tokenFlags) open(c *cobra.Command, text string) (*hsm.Token, hsm.URI, e
 	if err != nil {
 		return nil, uri, usageError{err}
 	}
-	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: f.parameters, Deadline: f.timeout, Sessions: 1,
+	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: f.parameters, Deadline: f.timeout, Sessions: 1, StateDir: userTokens(),
 		Logger: slog.New(slog.NewTextHandler(c.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelError + 1}))}) // the error says it
 	return token, uri, err
 }
@@ -255,4 +257,13 @@ func createKey(ctx context.Context, token *hsm.Token, uri hsm.URI, spec hsm.Spec
 	}
 	_, key, err := token.Generate(ctx, spec, uri.Object, id)
 	return key, err
+}
+
+// userTokens is where it is remembered for this user that a token has refused a PIN: a token locks itself after a few. "" where the user has no folder for such things.
+func userTokens() string {
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(dir, "kedge", "hsm")
 }

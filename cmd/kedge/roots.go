@@ -189,7 +189,7 @@ func (o *origins) openToken(c *config.Config, uri hsm.URI, dataDir string, log *
 		return token, nil
 	}
 	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: c.PKCS11.ModuleParameters, Sessions: c.PKCS11.Sessions, Deadline: c.PKCS11.Timeout.Std(),
-		StateDir: filepath.Join(dataDir, "hsm"), Logger: log})
+		Hide: secretVariables(c), StateDir: filepath.Join(dataDir, "hsm"), Logger: log})
 	if err != nil {
 		return nil, err
 	}
@@ -224,4 +224,19 @@ func (o *origins) openTokenKeys(c *config.Config, dataDir string, log *slog.Logg
 		return nil, err
 	}
 	return pkcs11.OpenKeyStore(pkcs11.KeyStoreOptions{Token: token, Label: uri.Object, AllowExportable: c.PKCS11.AllowExportableKeys})
+}
+
+// secretVariables are the variables of the environment in which the configuration has secrets.
+func secretVariables(c *config.Config) (names []string) {
+	for _, place := range []string{c.Vault.Login.Token, c.Vault.Login.SecretID} {
+		if name, ok := strings.CutPrefix(place, "env:"); ok {
+			names = append(names, name)
+		}
+	}
+	for _, text := range []string{c.Root.PKCS11.URI, c.IssuingCA.PKCS11.URI} {
+		if uri, err := hsm.ParseURI(text); err == nil && uri.PINSource.Variable != "" { // one that is not used may be empty
+			names = append(names, uri.PINSource.Variable)
+		}
+	}
+	return names
 }

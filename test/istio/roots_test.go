@@ -71,6 +71,15 @@ func TestAnAgentNoticesNothingWhenKedgeTakesTheSecretOfIstiod(t *testing.T) {
 	if string(first.roots)+"\n" != string(encode(root.cert)) {
 		t.Errorf("the agent trusts other roots than istiod's:\n%s", first.roots)
 	}
+	// A set of files that do not belong together is refused as a whole, and said.
+	mount(t, secret, "bad", makeCA(t, "A Stranger", nil), one)
+	eventually(t, "the doctor to name the file", func() error {
+		out, err := exec.CommandContext(t.Context(), kedgeBin, "doctor", "--config", k.configFile).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "ca-cert.pem does not lead to any root in root-cert.pem") {
+			return fmt.Errorf("it says %w\n%s", err, out)
+		}
+		return nil
+	})
 	mount(t, secret, "two", root, two)
 	eventually(t, "a certificate by the other intermediate", func() error {
 		id, err := a.read()
