@@ -27,6 +27,29 @@ func GenerateKey(spec KeySpec) (crypto.Signer, error) {
 	return nil, fmt.Errorf("the key type %.40q is unknown: use %s, %s, %s, %s or %s", spec, P256, P384, RSA2048, RSA3072, RSA4096)
 }
 
+// SpecOf is the kind of a public key; "" for one that authorities do not have.
+func SpecOf(pub crypto.PublicKey) KeySpec {
+	switch pub := pub.(type) {
+	case *ecdsa.PublicKey:
+		switch pub.Curve {
+		case elliptic.P256():
+			return P256
+		case elliptic.P384():
+			return P384
+		}
+	case *rsa.PublicKey:
+		switch pub.N.BitLen() {
+		case 2048:
+			return RSA2048
+		case 3072:
+			return RSA3072
+		case 4096:
+			return RSA4096
+		}
+	}
+	return ""
+}
+
 // KeyType names the type of a public key for people: P-256, RSA-2048, Ed25519.
 func KeyType(pub crypto.PublicKey) string {
 	switch k := pub.(type) {

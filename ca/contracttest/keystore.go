@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -35,7 +34,7 @@ func KeyStore(t *testing.T, make func(t *testing.T) ca.KeyStore, reopen func(t *
 		for _, spec := range specs {
 			t.Run(string(spec), func(t *testing.T) {
 				ref, key := create(t, store, spec)
-				if got := specOf(key.Public()); got != spec {
+				if got := ca.SpecOf(key.Public()); got != spec {
 					t.Errorf("Create made a %s key", got)
 				}
 				checkSigns(t, key, key.Public())
@@ -205,26 +204,4 @@ func checkSigns(t *testing.T, key crypto.Signer, pub crypto.PublicKey) {
 	default:
 		t.Errorf("the public key is a %T", pub)
 	}
-}
-
-func specOf(pub crypto.PublicKey) ca.KeySpec {
-	switch pub := pub.(type) {
-	case *ecdsa.PublicKey:
-		switch pub.Curve {
-		case elliptic.P256():
-			return ca.P256
-		case elliptic.P384():
-			return ca.P384
-		}
-	case *rsa.PublicKey:
-		switch pub.N.BitLen() {
-		case 2048:
-			return ca.RSA2048
-		case 3072:
-			return ca.RSA3072
-		case 4096:
-			return ca.RSA4096
-		}
-	}
-	return ""
 }

@@ -2,10 +2,6 @@ package file
 
 import (
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -22,23 +18,6 @@ const (
 	clearType  = "PRIVATE KEY"
 	sealedType = "ENCRYPTED PRIVATE KEY"
 )
-
-// generate makes a key.
-func generate(spec ca.KeySpec) (crypto.Signer, error) {
-	switch spec {
-	case ca.P256:
-		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	case ca.P384:
-		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	case ca.RSA2048:
-		return rsa.GenerateKey(rand.Reader, 2048)
-	case ca.RSA3072:
-		return rsa.GenerateKey(rand.Reader, 3072)
-	case ca.RSA4096:
-		return rsa.GenerateKey(rand.Reader, 4096)
-	}
-	return nil, fmt.Errorf("the key type %q is unknown: use %s, %s, %s, %s or %s", spec, ca.P256, ca.P384, ca.RSA2048, ca.RSA3072, ca.RSA4096)
-}
 
 // writeKey puts a key into a file, encrypted when there is a passphrase.
 func writeKey(path string, key crypto.Signer, p passphrase) error {

@@ -53,7 +53,7 @@ func (s *KeyStore) Create(ctx context.Context, spec ca.KeySpec) (string, crypto.
 	if err := ctx.Err(); err != nil {
 		return "", nil, fmt.Errorf("making a %s key in %s: %w", spec, s.dir, err)
 	}
-	key, err := generate(spec)
+	key, err := ca.GenerateKey(spec)
 	if err != nil {
 		return "", nil, fmt.Errorf("making a key in %s: %w", s.dir, err)
 	}

@@ -31,7 +31,7 @@ func openssl(t *testing.T, args ...string) []byte {
 func TestOpenSSLReadsWhatWasWritten(t *testing.T) {
 	for _, spec := range []ca.KeySpec{ca.P256, ca.P384, ca.RSA2048} {
 		t.Run(string(spec), func(t *testing.T) {
-			key, err := generate(spec)
+			key, err := ca.GenerateKey(spec)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -187,7 +187,7 @@ func TestHostileParametersAreRefusedBeforeAnythingIsComputed(t *testing.T) {
 }
 
 func TestAWrongPassphraseIsSaidHoweverThePaddingLooks(t *testing.T) {
-	key, err := generate(ca.P256)
+	key, err := ca.GenerateKey(ca.P256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,7 +252,7 @@ func FuzzEncryptedKey(f *testing.F) {
 }
 
 func FuzzKeyFile(f *testing.F) {
-	key, err := generate(ca.P256)
+	key, err := ca.GenerateKey(ca.P256)
 	if err != nil {
 		f.Fatal(err)
 	}

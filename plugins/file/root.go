@@ -162,7 +162,7 @@ func (r *Root) create(o RootOptions) error {
 	if lifetime < minLifetime {
 		return fmt.Errorf("its lifetime of %s is too short: the least is %s, and years are usual", lifetime, minLifetime)
 	}
-	key, err := generate(spec)
+	key, err := ca.GenerateKey(spec)
 	if err != nil {
 		return err
 	}

@@ -81,7 +81,7 @@ func TestEveryKindOfRootKeySignsChainsThatVerify(t *testing.T) {
 	for _, spec := range []ca.KeySpec{"", ca.P256, ca.P384, ca.RSA2048} {
 		t.Run(string(spec), func(t *testing.T) {
 			root := openRoot(t, RootOptions{Dir: t.TempDir(), KeySpec: spec})
-			key, err := generate(ca.P256)
+			key, err := ca.GenerateKey(ca.P256)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -199,7 +199,7 @@ func TestAFirstStartThatWasCutShortIsFinished(t *testing.T) {
 func TestARootCountsAsMadeHereUntilItIsRecorded(t *testing.T) {
 	dir := t.TempDir()
 	first := openUnrecorded(t, RootOptions{Dir: dir})
-	key, err := generate(ca.P256)
+	key, err := ca.GenerateKey(ca.P256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -391,7 +391,7 @@ func TestARootThatAnAdminMadeIsUsed(t *testing.T) {
 
 func TestTheRootKeyIsReadWhenItIsNeeded(t *testing.T) {
 	root := openRoot(t, RootOptions{Dir: t.TempDir()})
-	key, err := generate(ca.P256)
+	key, err := ca.GenerateKey(ca.P256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -436,7 +436,7 @@ func TestCertifyRefusesWhatIsNotForThisRoot(t *testing.T) {
 		"after the root's end": {func(r *ca.CertifyRequest) { r.NotBefore, r.NotAfter = now.AddDate(20, 0, 0), now.AddDate(21, 0, 0) }, "no time is left"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			key, err := generate(ca.P256)
+			key, err := ca.GenerateKey(ca.P256)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -449,7 +449,7 @@ func TestCertifyRefusesWhatIsNotForThisRoot(t *testing.T) {
 		})
 	}
 	now = now.AddDate(11, 0, 0)
-	key, err := generate(ca.P256)
+	key, err := ca.GenerateKey(ca.P256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -521,7 +521,7 @@ func TestAnEncryptedRootKeySigns(t *testing.T) {
 	dir := t.TempDir()
 	put(t, dir, files)
 	root := openRoot(t, RootOptions{Dir: dir, PassphraseFile: writePassphrase(t, "open sesame")})
-	key, err := generate(ca.P256)
+	key, err := ca.GenerateKey(ca.P256)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,10 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
@@ -195,33 +192,11 @@ func (k *state) public(n name, path string) (crypto.PublicKey, ca.KeySpec, error
 	if err != nil {
 		return nil, "", fmt.Errorf("the public key of the version %d of the key %s: %w", n.version, n.key, err)
 	}
-	spec := specOf(pub)
+	spec := ca.SpecOf(pub)
 	if spec == "" || keyTypes[spec] != k.Type {
 		return nil, "", fmt.Errorf("the key %s is of the type %.40q: a CA's is one of ecdsa-p256, ecdsa-p384, rsa-2048, rsa-3072 and rsa-4096", n.key, k.Type)
 	}
 	return pub, spec, nil
-}
-
-func specOf(pub crypto.PublicKey) ca.KeySpec {
-	switch pub := pub.(type) {
-	case *ecdsa.PublicKey:
-		switch pub.Curve {
-		case elliptic.P256():
-			return ca.P256
-		case elliptic.P384():
-			return ca.P384
-		}
-	case *rsa.PublicKey:
-		switch pub.N.BitLen() {
-		case 2048:
-			return ca.RSA2048
-		case 3072:
-			return ca.RSA3072
-		case 4096:
-			return ca.RSA4096
-		}
-	}
-	return ""
 }
 
 // Create has Vault make a key that cannot be read out of it, neither exported nor in a backup in plaintext.
@@ -252,7 +227,7 @@ func (s *KeyStore) create(ctx context.Context, spec ca.KeySpec, n name) (_ *key,
 		s.forget(ctx, n, err)
 		return nil, err
 	}
-	if got := specOf(k.pub); got != spec {
+	if got := ca.SpecOf(k.pub); got != spec {
 		err := fmt.Errorf("it made a %s key", got)
 		s.forget(ctx, n, err)
 		return nil, err
