@@ -8,19 +8,31 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
+// How long Lock waits for a process that is about to end, or whose child holds what it had for a moment between fork and exec, and how often it looks.
+const (
+	lockWait = time.Second
+	lockLook = 20 * time.Millisecond
+)
+
 // Lock takes the data folder dir for this process, until release is called or the process ends, however it ends: the lock is
-// the kernel's. When another process has it, the error wraps ErrLocked and names that process.
+// the kernel's. When another process has it, for longer than one that ends does, the error wraps ErrLocked and names that process.
 func Lock(dir string) (release func() error, err error) {
 	path := filepath.Join(dir, "lock")
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("locking the data folder %s: %w", dir, err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	for until := time.Now().Add(lockWait); ; <-time.After(lockLook) {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(until) {
+			break
+		}
+	}
+	if err != nil {
 		defer f.Close()
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("locking the data folder %s: flock %s: %w", dir, path, err)

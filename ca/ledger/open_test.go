@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/fxamacker/cbor/v2"
 	bolt "go.etcd.io/bbolt"
@@ -402,6 +403,24 @@ func TestANewFolderStatesItsFormat(t *testing.T) {
 	}
 	if err := CheckFormat(t.TempDir(), "0.1.0"); err != nil {
 		t.Errorf("an empty folder: %v", err)
+	}
+}
+
+// TestADataFolderIsTakenOverFromAProcessThatIsEnding: what holds the lock lets go of it while somebody waits.
+func TestADataFolderIsTakenOverFromAProcessThatIsEnding(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	ending, err := Lock(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(lockLook, func() { _ = ending() })
+	release, err := Lock(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := release(); err != nil {
+		t.Error(err)
 	}
 }
 
