@@ -21,6 +21,7 @@ type authority struct {
 	chain    []*x509.Certificate // handed out with a leaf: own certificate first, root not included; empty for a root
 	chainPEM []string            // one PEM an element
 	hash     ledger.Hash         // of the chain
+	begins   time.Time           // the latest notBefore in the chain and its root, which may be younger when it was renewed with its key
 	notAfter time.Time           // the earliest end in the chain and its root: nothing signed here may outlive it (I3)
 	key      crypto.Signer       // of the active issuing CA only
 	leaves   *leafMaker          // with that key
@@ -32,7 +33,7 @@ func loadAuthority(record ledger.AuthorityRecord, roots map[ledger.Hash]*x509.Ce
 	if err != nil {
 		return nil, fmt.Errorf("authority %s in the ledger: %w", record.ID, err)
 	}
-	a := &authority{record: record, cert: cert, notAfter: cert.NotAfter}
+	a := &authority{record: record, cert: cert, begins: cert.NotBefore, notAfter: cert.NotAfter}
 	if record.Role == ledger.RoleRoot {
 		return a, nil
 	}
@@ -43,13 +44,13 @@ func loadAuthority(record ledger.AuthorityRecord, roots map[ledger.Hash]*x509.Ce
 		}
 		a.chain = append(a.chain, link)
 		a.chainPEM = append(a.chainPEM, encodePEM(der))
-		a.notAfter = earlier(a.notAfter, link.NotAfter)
+		a.begins, a.notAfter = later(a.begins, link.NotBefore), earlier(a.notAfter, link.NotAfter)
 	}
 	root, ok := roots[record.Root]
 	if !ok {
 		return nil, fmt.Errorf("authority %s in the ledger chains to the root %s, which the ledger does not have", record.ID, record.Root)
 	}
-	a.notAfter = earlier(a.notAfter, root.NotAfter)
+	a.begins, a.notAfter = later(a.begins, root.NotBefore), earlier(a.notAfter, root.NotAfter)
 	a.hash = ledger.ChainHash(record.Chain)
 	return a, nil
 }
@@ -164,7 +165,7 @@ func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request 
 }
 
 // checkPath makes sure that a chain leads to one of the roots, in order and with nothing that does not belong to it, and that nothing in it outlives what is above it (I3). It
-// returns the root.
+// returns the root; when a root was renewed with its key, the one that ends last.
 func checkPath(chain, roots []*x509.Certificate, at time.Time) (*x509.Certificate, error) {
 	pool, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, root := range roots {
@@ -178,19 +179,34 @@ func checkPath(chain, roots []*x509.Certificate, at time.Time) (*x509.Certificat
 	if err != nil {
 		return nil, fmt.Errorf("the chain that the root returned does not lead to it: %w", err)
 	}
+	err = errors.New("the chain that the root returned is not in order, or holds certificates that do not belong to it")
+	var best *x509.Certificate
 	for _, path := range paths {
-		if sameChain(path[:len(path)-1], chain) {
-			root := path[len(path)-1]
-			for i, link := range path[1:] {
-				if path[i].NotAfter.After(link.NotAfter) {
-					return nil, fmt.Errorf("the chain that the root returned has a certificate (%s) that outlives its issuer (%s)",
-						path[i].NotAfter.Format(time.RFC3339), link.NotAfter.Format(time.RFC3339))
-				}
-			}
-			return root, nil
+		if !sameChain(path[:len(path)-1], chain) {
+			continue
+		}
+		root := path[len(path)-1]
+		if outlived := outlives(path); outlived != nil {
+			err = outlived
+		} else if best == nil || root.NotAfter.After(best.NotAfter) {
+			best = root
 		}
 	}
-	return nil, errors.New("the chain that the root returned is not in order, or holds certificates that do not belong to it")
+	if best == nil {
+		return nil, err
+	}
+	return best, nil
+}
+
+// outlives says which certificate of a path ends after its issuer.
+func outlives(path []*x509.Certificate) error {
+	for i, issuer := range path[1:] {
+		if path[i].NotAfter.After(issuer.NotAfter) {
+			return fmt.Errorf("the chain that the root returned has a certificate (%s) that outlives its issuer (%s)",
+				path[i].NotAfter.Format(time.RFC3339), issuer.NotAfter.Format(time.RFC3339))
+		}
+	}
+	return nil
 }
 
 func sameChain(a, b []*x509.Certificate) bool {

@@ -26,7 +26,7 @@ const reservedSegment = "kedge"
 
 // proveAuthority signs a throwaway leaf with the authority's key, exactly as a real one would be, and makes the checks on it
 // that a client makes: the chain, the rules of X509-SVID, and the lints of RFC 5280. Only an authority that passed may sign.
-// The leaf's one second of validity is the authority's first, which lies in the past; its SPIFFE ID is never granted; its key is dropped.
+// The leaf's one second of validity is the first of its whole chain, which lies in the past; its SPIFFE ID is never granted; its key is dropped.
 func (c *CA) proveAuthority(a *authority, roots []*x509.Certificate) error {
 	return proveAuthority(a, roots, c.td, newSerial(c.ledger.Head().Log))
 }
@@ -45,7 +45,7 @@ func proveAuthority(a *authority, roots []*x509.Certificate, td spiffeid.TrustDo
 		return fmt.Errorf("the throwaway leaf's key: %w", err)
 	}
 	der, err := a.leaves.sign(leaf{serial: serial, uri: id.String(), pub: key.Public(), spki: spki,
-		notBefore: a.cert.NotBefore, notAfter: a.cert.NotBefore})
+		notBefore: a.begins, notAfter: a.begins})
 	if err != nil {
 		return fmt.Errorf("the key cannot sign: %w", err)
 	}
