@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"kedge/ca"
 	"kedge/ca/contracttest"
 )
@@ -185,6 +187,7 @@ func badSets(t testing.TB, root, good *someCA) map[string]map[string]string {
 		"is valid only from":                           cacerts(t, root, early),
 		"would outlive its issuer":                     cacerts(t, root, long),
 		"it is not a CA certificate":                   cacerts(t, root, leaf),
+		"signs for servers":                            cacerts(t, root, newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} })),
 		"and the configured trust domain is":           cacerts(t, root, elsewhere),
 		"holds 2 certificates: it is the CA's own":     change(files, "ca-cert.pem", pemOf(good, root)),
 		"is self-signed and not in root-cert.pem":      change(cacerts(t, root, stranger), "root-cert.pem", pemOf(root)),
@@ -477,6 +480,52 @@ func TestAnchorsKeepTheirPromises(t *testing.T) {
 		<-a.Changed()
 		if certs, err := a.Anchors(t.Context()); err != nil || len(certs) != 0 {
 			t.Errorf("%d anchors, %v", len(certs), err)
+		}
+	})
+}
+
+// FuzzCASet: whatever the files hold, they are refused, or make a set whose key is the CA's and whose chain leads to its first root.
+func FuzzCASet(f *testing.F) {
+	root := newSomeCA(f, "Root", nil, nil)
+	good := cacerts(f, root, newSomeCA(f, "Intermediate", root, nil))
+	own := cacerts(f, root, root)
+	for _, files := range []map[string]string{good, own, change(good, "root-cert.pem", ""), change(good, "cert-chain.pem", "")} {
+		f.Add([]byte(files["ca-cert.pem"]), []byte(files["ca-key.pem"]), []byte(files["cert-chain.pem"]), []byte(files["root-cert.pem"]), []byte{})
+	}
+	f.Add([]byte(good["ca-cert.pem"]), []byte(good["ca-key.pem"]), []byte{}, []byte(good["root-cert.pem"]), []byte("-----BEGIN X509 CRL-----\nMAA=\n-----END X509 CRL-----\n"))
+	td := spiffeid.RequireTrustDomainFromString(contracttest.TrustDomain)
+	f.Fuzz(func(t *testing.T, cert, key, chain, roots, crl []byte) {
+		names := map[string][]byte{istioLayout.cert: cert, istioLayout.key: key, istioLayout.chain: chain, istioLayout.roots: roots, istioLayout.crl: crl}
+		for _, l := range []layout{istioLayout, tlsLayout} {
+			files := contents{l.cert: bytes.Clone(cert), l.key: bytes.Clone(key), l.roots: bytes.Clone(roots)}
+			if l == istioLayout {
+				for name, text := range names {
+					files[name] = bytes.Clone(text)
+				}
+			}
+			s, err := parseCASet("/", files, passphrase{}, td)
+			if (s == nil) == (err == nil) {
+				t.Fatalf("a set %v and the error %v", s, err)
+			}
+			if err != nil {
+				continue
+			}
+			if pub := s.key.Public().(interface{ Equal(crypto.PublicKey) bool }); !pub.Equal(s.cert.PublicKey) {
+				t.Fatal("the key is another's")
+			}
+			for i, link := range s.chain {
+				issuer := s.roots[0]
+				if i+1 < len(s.chain) {
+					issuer = s.chain[i+1]
+				}
+				if err := link.CheckSignatureFrom(issuer); err != nil {
+					t.Fatalf("link %d of %d: %v", i, len(s.chain), err)
+				}
+			}
+			if len(s.chain) == 0 && !s.roots[0].Equal(s.cert) {
+				t.Fatal("a CA without a chain is not its own root")
+			}
+			_ = errors.Join(s.usable(time.Now()), s.remarks(time.Now())) // which must not panic
 		}
 	})
 }

@@ -174,6 +174,30 @@ func (s *caSet) checkChain(path []*x509.Certificate) error {
 				child.Subject, cert.Subject, child.NotAfter.Format(time.RFC3339), cert.NotAfter.Format(time.RFC3339))
 		}
 	}
+	return s.verify(path)
+}
+
+// verify has the chain judged as verifiers do, at its first moment: what else they may find wrong, such as a critical extension that nobody knows, or an extKeyUsage that leaves
+// out one half of mTLS.
+func (s *caSet) verify(path []*x509.Certificate) error {
+	roots, intermediates, at := x509.NewCertPool(), x509.NewCertPool(), path[0].NotBefore
+	for i, cert := range path[1:] {
+		if cert.NotBefore.After(at) {
+			at = cert.NotBefore
+		}
+		if i < len(path)-2 {
+			intermediates.AddCert(cert)
+		}
+	}
+	roots.AddCert(path[len(path)-1])
+	for _, half := range []struct {
+		of    string
+		usage x509.ExtKeyUsage
+	}{{"servers", x509.ExtKeyUsageServerAuth}, {"clients", x509.ExtKeyUsageClientAuth}} {
+		if _, err := s.cert.Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{half.usage}}); err != nil {
+			return fmt.Errorf("verifiers would refuse what %s signs for %s: %w: issue the CA without what is in the way", s.layout.cert, half.of, err)
+		}
+	}
 	return nil
 }
 
