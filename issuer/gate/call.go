@@ -92,9 +92,10 @@ func (g *Gate) arrives(c *call) {
 	}
 	g.mu.Lock()
 	c.arriving = g.arriving.PushBack(c)
-	if c.work {
-		c.conn.calls++
-		g.busy(c.conn)
+	c.conn.calls++
+	g.busy(c.conn)
+	if !c.work {
+		g.release(c.conn, g.served)
 	}
 	var slowest *conn
 	if g.arriving.Len() > mostArriving {
@@ -124,7 +125,7 @@ func (g *Gate) ends(c *call) {
 	defer g.mu.Unlock()
 	g.settle(c)
 	if c.work {
-		g.release(c.conn)
+		g.release(c.conn, g.served)
 	}
 }
 

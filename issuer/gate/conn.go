@@ -23,13 +23,15 @@ type conn struct {
 	once sync.Once
 
 	// Of the gate's lock.
-	calls         int // that make it busy
-	closed        bool
-	inAll, inPeer *list.Element // while it is idle
+	calls          int // that make it busy
+	closed         bool
+	kind           *list.List // while it is idle: served or fresh
+	inKind, inPeer *list.Element
 
 	// Of the goroutine that makes the handshake.
-	shaking  bool // it had a turn already
-	holding  bool // it has one
+	shaking  bool // it had a turn already, and has a place
+	holding  bool // it has a turn
+	turn     turn
 	patience time.Duration
 	received int
 	first    []byte // read already
@@ -79,19 +81,21 @@ func (c *conn) wait(into []byte) (int, error) {
 var errGone = errors.New("the client went away while it waited for its turn")
 
 // take waits for a turn: a handshake that has begun goes on before others begin.
-func (c *conn) take() (err error) {
+func (c *conn) take() error {
 	ctx, cancel := context.WithTimeout(context.Background(), handshakeWait)
 	defer cancel()
 	began := time.Now()
+	var err error
 	if c.shaking {
-		err = c.gate.handshakes.again(ctx)
+		err = c.gate.handshakes.again(ctx, &c.turn)
 	} else {
-		err = c.gate.handshakes.take(ctx, c.key)
+		c.turn, err = c.gate.handshakes.take(ctx, c.key)
 	}
+	c.gate.signal()
 	if err != nil {
 		return fmt.Errorf("waiting for a turn behind other handshakes: %w", err)
 	}
-	c.holding = true
+	c.holding, c.shaking = true, true
 	if time.Since(began) > time.Second && c.gone() {
 		return errGone
 	}
@@ -101,7 +105,16 @@ func (c *conn) take() (err error) {
 func (c *conn) give() {
 	if c.holding {
 		c.holding = false
-		c.gate.handshakes.give()
+		c.gate.handshakes.give(c.turn)
+	}
+}
+
+// shaken ends what take began.
+func (c *conn) shaken() {
+	c.give()
+	if c.shaking {
+		c.shaking = false
+		c.gate.handshakes.leave()
 	}
 }
 
@@ -166,14 +179,13 @@ func (h handshakes) shake(c *conn) (net.Conn, credentials.AuthInfo, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("waiting for the client's first octet: %w", err)
 	}
+	defer c.shaken()
 	if err := c.take(); err != nil {
-		c.give()
 		return nil, nil, err
 	}
-	c.first, c.shaking = buffer[:n], true
+	c.first = buffer[:n]
 	secured, info, err := h.TransportCredentials.ServerHandshake(c)
-	c.shaking = false
-	c.give()
+	c.shaken()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -46,8 +46,12 @@ const (
 	hello     = 2 << 10 // octets of the first read; a ClientHello with a post-quantum key share has about 1,800
 	// maxHandshake is how much a client may send in a handshake, in octets: room for a chain of ten RSA-4096 certificates.
 	maxHandshake = 64 << 10
-	// handshakeWait is how long a handshake may wait for its turn. gRPC clients give up after 20 s and dial again.
-	handshakeWait = 30 * time.Second
+	// handshakeWait is how long a handshake may wait for its turn. gRPC clients give up after 20 s and dial again: who has waited longer than this would
+	// be gone before it is done, and the others behind it as well.
+	handshakeWait = 15 * time.Second
+	// peersShaking is of how many peers, for each processor, handshakes may wait before no more connections are accepted: some 2 s of work. The others are
+	// better off in the kernel, where they cost nothing, and which of them comes next is a matter of luck instead of who is about to give up.
+	peersShaking = 4096
 	// mostArriving is how many requests may be half sent, so that a flood of them takes a bounded part of the memory.
 	mostArriving = 2048
 )
@@ -55,6 +59,7 @@ const (
 // Gate is a port's. Its methods may be called at once from several goroutines.
 type Gate struct {
 	connections int
+	shaking     int // see peersShaking
 	patience    time.Duration
 	work        func(method string) bool
 	log         *slog.Logger
@@ -63,14 +68,14 @@ type Gate struct {
 
 	handshakes *turns
 	calls      *turns
-	checks     *turns // of calls that have a place, and check what their callers sent
 
 	mu       sync.Mutex
 	open     int
 	peers    map[netip.Prefix]*peerConns
-	idle     *list.List    // of *conn, the one that is idle longest first
+	served   *list.List    // of *conn which are idle and had a call, the one that is idle longest first
+	fresh    *list.List    // of *conn which are idle and had no call yet, likewise
 	arriving *list.List    // of *call, the one that began first first
-	room     chan struct{} // holds one element after a connection ended or became idle
+	room     chan struct{} // holds one element after a connection ended or became idle, or a handshake waits no longer
 	closed   chan struct{} // once the listener is
 }
 
@@ -94,12 +99,11 @@ func New(o Options) *Gate {
 		o.Metrics = noMetrics{}
 	}
 	return &Gate{
-		connections: o.Connections, patience: o.Patience, work: o.Work, log: o.Logger, metrics: o.Metrics,
+		connections: o.Connections, shaking: peersShaking * runtime.GOMAXPROCS(0), patience: o.Patience, work: o.Work, log: o.Logger, metrics: o.Metrics,
 		// More at once would only make each of them slower, and calls with them.
-		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections),
-		calls:      newTurns(cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
-		checks:     newTurns(runtime.GOMAXPROCS(0), math.MaxInt), // as few as handshakes: with all places at once the others would wait for the processor
-		peers:      map[netip.Prefix]*peerConns{}, idle: list.New(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
+		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections, o.Connections),
+		calls:      newTurns(runtime.GOMAXPROCS(0), cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
+		peers:      map[netip.Prefix]*peerConns{}, served: list.New(), fresh: list.New(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 }
 
@@ -113,6 +117,7 @@ func (noMetrics) Unread(time.Duration) {}
 type Place struct {
 	gate          *Gate
 	peer          netip.Prefix
+	turn          turn
 	has, checking bool
 }
 
@@ -129,7 +134,7 @@ func (g *Gate) Enter(ctx context.Context, address net.Addr) (*Place, error) {
 
 // Again is Enter for a call that left its place. In vain, the call has none, and may go on all the same with what is not dear.
 func (p *Place) Again(ctx context.Context) error {
-	err := p.take(ctx)
+	turn, err := p.gate.calls.take(ctx, p.peer)
 	switch {
 	case errors.Is(err, errCrowded):
 		p.gate.metrics.Refused(RefusedCall)
@@ -137,18 +142,7 @@ func (p *Place) Again(ctx context.Context) error {
 	case err != nil:
 		return fmt.Errorf("waiting for a turn behind other calls: %w", err)
 	}
-	return nil
-}
-
-func (p *Place) take(ctx context.Context) error {
-	if err := p.gate.calls.take(ctx, p.peer); err != nil {
-		return err
-	}
-	if err := p.gate.checks.take(ctx, p.peer); err != nil {
-		p.gate.calls.give()
-		return err
-	}
-	p.has, p.checking = true, true
+	p.turn, p.has, p.checking = turn, true, true
 	// Go runs who was woken by the one before at once, and one after the other so that whoever has come over the network meanwhile waits for tens of
 	// milliseconds. From the end of its queue this goroutine lets them go first.
 	runtime.Gosched()
@@ -159,7 +153,7 @@ func (p *Place) take(ctx context.Context) error {
 func (p *Place) Checked() {
 	if p.checking {
 		p.checking = false
-		p.gate.checks.give()
+		p.gate.calls.give(p.turn)
 	}
 }
 
@@ -168,7 +162,7 @@ func (p *Place) Leave() {
 	p.Checked()
 	if p.has {
 		p.has = false
-		p.gate.calls.give()
+		p.gate.calls.leave()
 	}
 }
 
@@ -176,7 +170,6 @@ func (p *Place) Leave() {
 // for them. Calls that have their turn go on. It is called once.
 func (g *Gate) Drain() {
 	g.calls.end()
-	g.checks.end()
 	g.mu.Lock()
 	var half []*conn
 	for e := g.arriving.Front(); e != nil; e = e.Next() {
@@ -197,7 +190,7 @@ type Counts struct {
 func (g *Gate) Counts() Counts {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return Counts{Connections: g.open, Idle: g.idle.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length() + g.checks.length()}
+	return Counts{Connections: g.open, Idle: g.served.Len() + g.fresh.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
 }
 
 // Tell logs that a caller was refused before any door saw its call. Everybody who reaches the port can cause such lines, so they are few: see sparing.

@@ -243,9 +243,13 @@ func TestAHandshakeThatHasBegunGoesOnFirst(t *testing.T) {
 	t.Parallel()
 	p, hello := newPort(t, Options{}), clientHello(t)
 	take := func() {
-		if err := p.gate.handshakes.take(t.Context(), peerOf(nil)); err != nil {
+		if _, err := p.gate.handshakes.take(t.Context(), peerOf(nil)); err != nil {
 			t.Fatal(err)
 		}
+	}
+	give := func() {
+		p.gate.handshakes.give(turn{})
+		p.gate.handshakes.leave()
 	}
 	waiting := func(n int) {
 		for p.gate.handshakes.length() != n {
@@ -261,7 +265,7 @@ func TestAHandshakeThatHasBegunGoesOnFirst(t *testing.T) {
 		shaken <- tls.Client(first, &tls.Config{RootCAs: p.roots, ServerName: "localhost", MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}}).HandshakeContext(t.Context())
 	}()
 	waiting(1)
-	p.gate.handshakes.give()
+	give()
 	<-first.about
 	take() // once the server waits for the client
 	const crowd = 10
@@ -276,10 +280,10 @@ func TestAHandshakeThatHasBegunGoesOnFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	waiting(crowd + 1)
-	p.gate.handshakes.give() // of one after the other
+	give() // of one after the other
 	waiting(0)
 	for range runtime.GOMAXPROCS(0) - 1 {
-		p.gate.handshakes.give()
+		give()
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -361,6 +365,75 @@ func TestIdleConnectionsMakeRoomForNewOnes(t *testing.T) {
 }
 
 // A connection over which something goes on is never closed for another.
+func TestWhoWasServedMakesRoomBeforeWhoWasNot(t *testing.T) {
+	g := New(Options{Connections: 2})
+	add := func(from string) *conn {
+		c := &conn{gate: g, key: peerNamed(from)}
+		if victim, admitted, err := g.place(c); victim != nil || !admitted || err != nil {
+			t.Fatalf("%s: %v, %t, %v", from, victim, admitted, err)
+		}
+		g.ready(c)
+		return c
+	}
+	fresh, served := add("192.0.2.1"), add("192.0.2.2")
+	g.mu.Lock()
+	served.calls++
+	g.busy(served)
+	g.release(served, g.served)
+	g.mu.Unlock()
+	for i, want := range []*conn{served, fresh, nil} {
+		victim, admitted, err := g.place(&conn{gate: g, key: peerNamed(fmt.Sprintf("192.0.2.%d", 10+i))})
+		if victim != want || admitted != (want != nil) || err != nil {
+			t.Fatalf("newcomer %d takes the place of %v, %t, %v; want that of %v", i, victim, admitted, err, want)
+		}
+		if victim != nil {
+			g.leave(victim)
+		}
+	}
+}
+
+// Handshakes wait in the kernel when those of very many peers wait already, and one peer's alone are not very many.
+func TestACrowdWaitsInTheKernel(t *testing.T) {
+	t.Parallel()
+	p, hello := newPort(t, Options{}), clientHello(t)
+	p.gate.mu.Lock()
+	p.gate.shaking = 2
+	p.gate.mu.Unlock()
+	for range runtime.GOMAXPROCS(0) {
+		if _, err := p.gate.handshakes.take(t.Context(), peerOf(nil)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	greet := func(from string) net.Conn {
+		conn, before := p.dial(t, from), p.gate.handshakes.length()
+		if _, err := conn.Write(hello); err != nil {
+			t.Fatal(err)
+		}
+		for p.gate.handshakes.length() != before+1 {
+			runtime.Gosched()
+		}
+		return conn
+	}
+	first := []net.Conn{greet("127.0.0.2"), greet("127.0.0.2"), greet("127.0.0.2"), greet("127.0.0.3")}
+	late := p.client(t, "127.0.0.4")
+	late.Connect()
+	if victim, admitted, err := p.gate.place(&conn{gate: p.gate, key: peerNamed("127.0.0.5")}); victim != nil || admitted || err != nil {
+		t.Errorf("beside a crowd: %v, %t, %v", victim, admitted, err)
+	}
+	for range runtime.GOMAXPROCS(0) {
+		p.gate.handshakes.give(turn{})
+		p.gate.handshakes.leave()
+	}
+	if _, err := grpc_health_v1.NewHealthClient(late).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{}, grpc.WaitForReady(true)); err != nil {
+		t.Errorf("once the crowd has gone: %v", err)
+	}
+	for _, conn := range first { // they were answered
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestBusyConnectionsAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	const most = 40
@@ -559,8 +632,8 @@ func TestAFloodOfDearCallsTakesTurnsForTheProcessor(t *testing.T) {
 		place.Leave()
 		place.Leave() // which changes nothing
 	}
-	if g.calls.free != 512 || g.checks.free != runtime.GOMAXPROCS(0) {
-		t.Errorf("after all %d places and %d turns are free", g.calls.free, g.checks.free)
+	if g.calls.places != 512 || g.calls.free != runtime.GOMAXPROCS(0) {
+		t.Errorf("after all %d places and %d turns are free", g.calls.places, g.calls.free)
 	}
 }
 
@@ -590,8 +663,8 @@ func TestWhoWaitsToBeCheckedMayGiveUp(t *testing.T) {
 	for _, place := range checking {
 		place.Leave()
 	}
-	if g.calls.free != 512 || g.checks.free != runtime.GOMAXPROCS(0) {
-		t.Errorf("after all %d places and %d turns are free", g.calls.free, g.checks.free)
+	if g.calls.places != 512 || g.calls.free != runtime.GOMAXPROCS(0) {
+		t.Errorf("after all %d places and %d turns are free", g.calls.places, g.calls.free)
 	}
 }
 
@@ -604,13 +677,13 @@ func TestWhoComesBackInVainLeavesNothing(t *testing.T) {
 	}
 	place.Leave()
 	g.Drain()
-	g.calls.free = 0 // so that there is none to come back to
+	g.calls.places = 0 // so that there is none to come back to
 	if err := place.Again(t.Context()); !errors.Is(err, errStopping) {
 		t.Errorf("error %v", err)
 	}
 	place.Checked()
 	place.Leave()
-	if g.calls.free != 0 || g.checks.free != runtime.GOMAXPROCS(0) {
-		t.Errorf("it gave back what it had not: %d places and %d turns are free", g.calls.free, g.checks.free)
+	if g.calls.places != 0 || g.calls.free != runtime.GOMAXPROCS(0) {
+		t.Errorf("it gave back what it had not: %d places and %d turns are free", g.calls.places, g.calls.free)
 	}
 }

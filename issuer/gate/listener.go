@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"cmp"
 	"container/list"
 	"errors"
 	"fmt"
@@ -32,7 +33,8 @@ type listener struct {
 }
 
 // Listener wraps the port's listener. It accepts up to as many connections as there may be. Beyond that a new one takes the place of the one that is
-// idle longest, or waits for one that ends. A peer that has more than its share makes room among its own, and is refused when it has no idle one.
+// idle longest after a call, or without one, or waits for one that ends. A peer that has more than its share makes room among its own, and is refused when
+// it has no idle one. While the handshakes of very many peers wait, nobody is accepted.
 // It is called once, and what it returns is closed.
 func (g *Gate) Listener(l net.Listener) net.Listener {
 	go g.watch()
@@ -95,12 +97,15 @@ func (g *Gate) place(c *conn) (victim *conn, admitted bool, err error) {
 	}
 	free := g.connections - g.open
 	switch {
+	case g.handshakes.crowd() >= g.shaking:
+		return nil, false, nil
 	case p.open >= max(free, fairShare):
 		if victim = oldest(p.idle); victim == nil {
 			return nil, false, fmt.Errorf("its peer has %d of %d connections, none of them idle, and %d are free: no peer may have more than that", p.open, g.connections, max(free, 0))
 		}
 	case free <= 0:
-		if victim = oldest(g.idle); victim == nil {
+		// Who was served needs its connection no more for a while. Who was not made a handshake for its call.
+		if victim = cmp.Or(oldest(g.served), oldest(g.fresh)); victim == nil {
 			return nil, false, nil
 		}
 	}
@@ -138,15 +143,15 @@ func (g *Gate) ready(c *conn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	c.calls++
-	g.release(c)
+	g.release(c, g.fresh)
 }
 
-// release notes that a call has ended. A connection without any is idle. The gate is locked.
-func (g *Gate) release(c *conn) {
+// release notes that a call has ended. A connection without any is idle, and goes to those of its kind. The gate is locked.
+func (g *Gate) release(c *conn, kind *list.List) {
 	if c.calls--; c.calls > 0 || c.closed {
 		return
 	}
-	c.inAll, c.inPeer = g.idle.PushBack(c), c.peer.idle.PushBack(c)
+	c.kind, c.inKind, c.inPeer = kind, kind.PushBack(c), c.peer.idle.PushBack(c)
 	if g.open >= g.connections {
 		g.signal()
 	}
@@ -154,14 +159,14 @@ func (g *Gate) release(c *conn) {
 
 // busy takes a connection off the lists of idle ones. The gate is locked.
 func (g *Gate) busy(c *conn) {
-	if c.inAll != nil {
-		g.idle.Remove(c.inAll)
+	if c.kind != nil {
+		c.kind.Remove(c.inKind)
 		c.peer.idle.Remove(c.inPeer)
-		c.inAll, c.inPeer = nil, nil
+		c.kind, c.inKind, c.inPeer = nil, nil, nil
 	}
 }
 
-// signal wakes Accept if it waits for room. The gate is locked.
+// signal wakes Accept if it waits for room.
 func (g *Gate) signal() {
 	select {
 	case g.room <- struct{}{}:

@@ -3,24 +3,38 @@ package gate
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 func peerNamed(text string) netip.Prefix { return netip.MustParsePrefix(text + "/32") }
 
-// line puts one more caller of a peer into the queue, and returns once it is there. It says on served when it has its turn.
-func queue(t *testing.T, turns *turns, ctx context.Context, peer netip.Prefix, served chan<- netip.Prefix) <-chan error {
+// served is somebody who has a turn.
+type served struct {
+	peer netip.Prefix
+	turn turn
+}
+
+// lasting is the turn as if it had begun so long ago. Beside hours it does not count how long a test takes.
+func (s served) lasting(took time.Duration) turn {
+	s.turn.began = time.Now().Add(-took)
+	return s.turn
+}
+
+// queued puts one more caller of a peer into the queue, and returns once it is there. It says on out when it has its turn.
+func queued(t *testing.T, turns *turns, ctx context.Context, peer netip.Prefix, out chan<- served) <-chan error {
 	t.Helper()
 	before, ended := turns.length(), make(chan error, 1)
 	go func() {
-		err := turns.take(ctx, peer)
+		had, err := turns.take(ctx, peer)
 		if err == nil {
-			served <- peer
+			out <- served{peer, had}
 		}
 		ended <- err
 	}()
@@ -29,87 +43,251 @@ func queue(t *testing.T, turns *turns, ctx context.Context, peer netip.Prefix, s
 		case err := <-ended:
 			t.Fatalf("it did not wait: %v", err)
 		default:
+			runtime.Gosched()
 		}
 	}
 	return ended
 }
 
-// Somebody with a thousand calls in the queue does not keep somebody with one waiting.
-func TestPeersTakeTurns(t *testing.T) {
-	turns, served := newTurns(1, 10_000), make(chan netip.Prefix)
-	greedy, modest, third := peerNamed("192.0.2.1"), peerNamed("192.0.2.2"), peerNamed("192.0.2.3")
-	if err := turns.take(t.Context(), greedy); err != nil {
+// busy are turns of which the only one is taken, with many places.
+func busy(t *testing.T) (turns *turns, out chan served, had turn) {
+	t.Helper()
+	turns, out = newTurns(1, 10_000, 10_000), make(chan served)
+	had, err := turns.take(t.Context(), peerNamed("198.51.100.1"))
+	if err != nil {
 		t.Fatal(err)
 	}
-	for range 1000 {
-		queue(t, turns, t.Context(), greedy, served)
+	return turns, out, had
+}
+
+// settled says what is left of turns with one turn and many places once everybody has given back and left.
+func settled(t *testing.T, turns *turns, left int) {
+	t.Helper()
+	for range left {
+		turns.leave()
 	}
-	queue(t, turns, t.Context(), modest, served)
-	queue(t, turns, t.Context(), modest, served)
-	queue(t, turns, t.Context(), third, served)
+	if turns.free != 1 || turns.places != 10_000 || turns.waiting != 0 || len(turns.lines) != 0 || len(turns.queue) != 0 {
+		t.Errorf("after all: %d turns, %d places, %d wait, %d lines, %d in the queue", turns.free, turns.places, turns.waiting, len(turns.lines), len(turns.queue))
+	}
+}
+
+// Somebody with a thousand calls in the queue does not keep somebody with two waiting.
+func TestPeersTakeTurns(t *testing.T) {
+	turns, out, had := busy(t)
+	greedy, modest, third := peerNamed("192.0.2.1"), peerNamed("192.0.2.2"), peerNamed("192.0.2.3")
+	const many = 1000
+	for range many {
+		queued(t, turns, t.Context(), greedy, out)
+	}
+	queued(t, turns, t.Context(), modest, out)
+	queued(t, turns, t.Context(), modest, out)
+	queued(t, turns, t.Context(), third, out)
+	took := map[netip.Prefix]time.Duration{greedy: time.Hour, modest: time.Minute, third: time.Minute}
 	var order []netip.Prefix
-	for range 6 {
-		turns.give()
-		order = append(order, <-served)
+	turns.give(had)
+	for range many + 3 {
+		next := <-out
+		order = append(order, next.peer)
+		turns.give(next.lasting(took[next.peer]))
 	}
-	if want := []netip.Prefix{greedy, modest, third, greedy, modest, greedy}; !slices.Equal(order, want) {
-		t.Errorf("served in the order %v, want %v", order, want)
+	if want := []netip.Prefix{greedy, modest, third, modest, greedy, greedy}; !slices.Equal(order[:6], want) {
+		t.Errorf("served in the order %v, want %v", order[:6], want)
 	}
-	for range 1000 - 3 {
-		turns.give()
-		<-served
+	settled(t, turns, many+4)
+}
+
+// Who asks for what takes long gets as much time as who asks for what does not, not as many turns.
+func TestTimeIsShared(t *testing.T) {
+	turns, out, had := busy(t)
+	dear, cheap := peerNamed("192.0.2.1"), peerNamed("192.0.2.2")
+	took := map[netip.Prefix]time.Duration{dear: 10 * time.Hour, cheap: time.Hour}
+	for range 40 {
+		queued(t, turns, t.Context(), dear, out)
+		queued(t, turns, t.Context(), cheap, out)
 	}
-	turns.give()
-	if turns.free != 1 || turns.waiting != 0 || len(turns.lines) != 0 || turns.next != nil {
-		t.Errorf("after all: %+v", turns)
+	turns.give(had)
+	had, count := turn{}, map[netip.Prefix]int{}
+	for range 33 {
+		next := <-out
+		count[next.peer]++
+		turns.give(next.lasting(took[next.peer]))
+	}
+	if count[dear] < 3 || count[dear] > 4 {
+		t.Errorf("of 33 turns those of 10 h had %d, those of 1 h %d", count[dear], count[cheap])
+	}
+	for range 80 - 33 {
+		turns.give((<-out).turn)
+	}
+	settled(t, turns, 81)
+}
+
+// However many go on asking for much: somebody who asks for little is next, the first time and later.
+func TestWhoAsksForLittleDoesNotWaitForAllTheOthers(t *testing.T) {
+	turns, out, had := busy(t)
+	const crowd, each = 64, 20
+	for i := range crowd * each {
+		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("192.0.2.%d", i%crowd)), out)
+	}
+	modest := peerNamed("203.0.113.1")
+	turns.give(had)
+	next := <-out
+	for round := range each - 2 {
+		for range crowd {
+			turns.give(next.lasting(time.Hour))
+			next = <-out
+		}
+		queued(t, turns, t.Context(), modest, out)
+		turns.give(next.lasting(time.Hour))
+		if next = <-out; next.peer != modest {
+			t.Fatalf("in round %d it is %s that is next", round, next.peer)
+		}
+		turns.give(next.lasting(time.Minute))
+		next = <-out
+	}
+	n := 0
+	for turns.length() > 0 {
+		turns.give(next.turn)
+		next = <-out
+		n++
+	}
+	turns.give(next.turn)
+	settled(t, turns, crowd*each+each-2+1)
+}
+
+// Nor do ever new peers keep those waiting who have had something before.
+func TestNewcomersKeepNobodyWaiting(t *testing.T) {
+	turns, out, had := busy(t)
+	old := peerNamed("192.0.2.1")
+	queued(t, turns, t.Context(), old, out)
+	queued(t, turns, t.Context(), old, out)
+	newcomers := 0
+	come := func() {
+		newcomers++
+		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("198.51.%d.%d", newcomers/256, newcomers%256)), out)
+	}
+	for range 10 {
+		come()
+	}
+	turns.give(had)
+	next := <-out
+	if next.peer != old {
+		t.Fatalf("%s is first", next.peer)
+	}
+	waited := 0
+	for ; waited < 100; waited++ {
+		come()
+		turns.give(next.lasting(time.Hour))
+		if next = <-out; next.peer == old {
+			break
+		}
+	}
+	if waited > 50 {
+		t.Errorf("its second turn came after %d newcomers", waited)
+	}
+	for turns.length() > 0 {
+		turns.give(next.turn)
+		next = <-out
+	}
+	turns.give(next.turn)
+	settled(t, turns, newcomers+3)
+}
+
+// Peers that are done with are forgotten also while others wait all the time.
+func TestPeersAreForgotten(t *testing.T) {
+	turns, out, had := busy(t)
+	always := peerNamed("192.0.2.1")
+	queued(t, turns, t.Context(), always, out)
+	next := served{always, had}
+	for i := range 3 * remembered {
+		queued(t, turns, t.Context(), always, out)
+		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("203.0.%d.%d", i/256, i%256)), out)
+		for range 2 {
+			turns.give(next.lasting(time.Hour))
+			turns.leave()
+			next = <-out
+		}
+	}
+	if n := len(turns.lines); n > 2*remembered {
+		t.Errorf("%d lines are remembered", n)
+	}
+	for turns.length() > 0 {
+		turns.give(next.turn)
+		turns.leave()
+		next = <-out
+	}
+	turns.give(next.turn)
+	settled(t, turns, 1)
+}
+
+// There are no more half done than there are places, also while a turn is free.
+func TestWhoHasNoPlaceWaits(t *testing.T) {
+	turns, out := newTurns(2, 1, 100), make(chan served)
+	peer := peerNamed("192.0.2.1")
+	first, err := turns.take(t.Context(), peer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	turns.give(first)
+	queued(t, turns, t.Context(), peer, out)
+	if err := turns.again(t.Context(), &first); err != nil { // it has its place
+		t.Fatal(err)
+	}
+	turns.give(first)
+	turns.leave()
+	turns.give((<-out).turn)
+	turns.leave()
+	if turns.free != 2 || turns.places != 1 {
+		t.Errorf("after all: %d turns, %d places", turns.free, turns.places)
 	}
 }
 
 // What has begun is finished before more is begun, so that a crowd is served one after the other and not all of it at its end.
 func TestWhoComesBackGoesFirst(t *testing.T) {
-	turns, served := newTurns(1, 100), make(chan netip.Prefix)
+	turns, out, had := busy(t)
 	stranger, back := peerNamed("192.0.2.1"), peerNamed("192.0.2.2")
-	if err := turns.take(t.Context(), back); err != nil {
-		t.Fatal(err)
-	}
 	for range 10 {
-		queue(t, turns, t.Context(), stranger, served)
+		queued(t, turns, t.Context(), stranger, out)
 	}
 	gaveUp, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := turns.again(gaveUp); !errors.Is(err, context.Canceled) {
+	if err := turns.again(gaveUp, &turn{}); !errors.Is(err, context.Canceled) {
 		t.Fatalf("error %v", err)
 	}
 	before := turns.length()
 	go func() {
-		if turns.again(t.Context()) == nil {
-			served <- back
+		var again turn
+		if turns.again(t.Context(), &again) == nil {
+			out <- served{back, again}
 		}
 	}()
 	for turns.length() == before {
 		runtime.Gosched()
 	}
-	turns.give()
-	if first := <-served; first != back {
-		t.Errorf("%s went first", first)
+	turns.give(had)
+	next := <-out
+	if next.peer != back {
+		t.Errorf("%s went first", next.peer)
 	}
 	for range 10 {
-		turns.give()
-		if next := <-served; next != stranger {
-			t.Errorf("%s had another turn", next)
+		turns.give(next.turn)
+		if next = <-out; next.peer != stranger {
+			t.Errorf("%s had another turn", next.peer)
 		}
 	}
-	turns.give()
-	if turns.free != 1 || turns.waiting != 0 {
-		t.Errorf("after all: %+v", turns)
-	}
+	turns.give(next.turn)
+	settled(t, turns, 11)
 }
 
-// Whoever gives up takes nobody's turn, and none is lost, at whatever moment.
+// Whoever gives up takes nobody's turn, and none is lost, nor a place, at whatever moment.
 func TestNoTurnIsLostWhenCallersGiveUp(t *testing.T) {
-	const slots, callers = 3, 64
-	turns := newTurns(slots, callers*callers)
-	var at, most atomic.Int64
+	const slots, places, callers = 3, 5, 64
+	turns := newTurns(slots, places, callers*callers)
+	var at, most, inside, mostInside atomic.Int64
+	up := func(n, most *atomic.Int64) {
+		now := n.Add(1)
+		for seen := most.Load(); now > seen && !most.CompareAndSwap(seen, now); seen = most.Load() {
+		}
+	}
 	var all sync.WaitGroup
 	for i := range callers {
 		peer := peerNamed(netip.AddrFrom4([4]byte{192, 0, 2, byte(i % 7)}).String())
@@ -119,66 +297,61 @@ func TestNoTurnIsLostWhenCallersGiveUp(t *testing.T) {
 				if n%3 == 0 {
 					go cancel()
 				}
-				take := func() error { return turns.take(ctx, peer) }
-				if n%5 == 0 {
-					take = func() error { return turns.again(ctx) }
-				}
-				if take() == nil {
-					now := at.Add(1)
-					for seen := most.Load(); now > seen && !most.CompareAndSwap(seen, now); seen = most.Load() {
-					}
+				if had, err := turns.take(ctx, peer); err == nil {
+					up(&inside, &mostInside)
+					up(&at, &most)
 					at.Add(-1)
-					turns.give()
+					turns.give(had)
+					if turns.again(ctx, &had) == nil {
+						up(&at, &most)
+						at.Add(-1)
+						turns.give(had)
+					}
+					inside.Add(-1)
+					turns.leave()
 				}
 				cancel()
 			}
 		})
 	}
 	all.Wait()
-	if most.Load() > slots {
-		t.Errorf("%d at once, where %d may be", most.Load(), slots)
+	if most.Load() > slots || mostInside.Load() > places {
+		t.Errorf("%d turns at once, where %d may be; %d places, of %d", most.Load(), slots, mostInside.Load(), places)
 	}
-	for range slots {
-		if err := turns.take(t.Context(), peerNamed("192.0.2.1")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if turns.free != 0 || turns.waiting != 0 {
-		t.Errorf("%d turns are free, %d wait", turns.free, turns.waiting)
+	if turns.free != slots || turns.places != places || turns.waiting != 0 {
+		t.Errorf("%d turns are free, %d places, %d wait", turns.free, turns.places, turns.waiting)
 	}
 }
 
 // Refusing is the last resort, and meets the peer that has most: somebody new always finds room.
 func TestAFullQueueRefusesThePeerThatFillsIt(t *testing.T) {
-	turns, served := newTurns(1, 100), make(chan netip.Prefix, 1000)
+	turns, out := newTurns(1, 1, 100), make(chan served, 1000)
 	greedy, modest := peerNamed("192.0.2.1"), peerNamed("192.0.2.2")
-	if err := turns.take(t.Context(), greedy); err != nil {
+	if _, err := turns.take(t.Context(), greedy); err != nil {
 		t.Fatal(err)
 	}
 	for range 51 { // half of all
-		queue(t, turns, t.Context(), greedy, served)
+		queued(t, turns, t.Context(), greedy, out)
 	}
-	if err := turns.take(t.Context(), greedy); !errors.Is(err, errCrowded) {
+	if _, err := turns.take(t.Context(), greedy); !errors.Is(err, errCrowded) {
 		t.Errorf("one more than its share: %v", err)
 	}
 	for range 10 {
-		queue(t, turns, t.Context(), modest, served)
+		queued(t, turns, t.Context(), modest, out)
 	}
 }
 
 func TestWhoWaitsIsSentAwayWhenTheCAStops(t *testing.T) {
-	turns, served := newTurns(1, 100), make(chan netip.Prefix, 1)
+	turns, out, had := busy(t)
 	peer := peerNamed("192.0.2.1")
-	if err := turns.take(t.Context(), peer); err != nil {
-		t.Fatal(err)
-	}
-	waiting := queue(t, turns, t.Context(), peer, served)
+	waiting := queued(t, turns, t.Context(), peer, out)
 	turns.end()
 	if err := <-waiting; !errors.Is(err, errStopping) {
 		t.Errorf("error %v", err)
 	}
-	if err := turns.take(t.Context(), peer); !errors.Is(err, errStopping) {
+	if _, err := turns.take(t.Context(), peer); !errors.Is(err, errStopping) {
 		t.Errorf("a later one: %v", err)
 	}
-	turns.give()
+	turns.give(had)
+	settled(t, turns, 1)
 }

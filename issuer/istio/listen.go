@@ -23,6 +23,8 @@ const (
 	maxStreams = 16        // calls at once on one connection: an istio-agent makes one, a ztunnel some
 	window     = 64 << 10  // octets that a client may send ahead, on a stream and on a connection: the least that HTTP/2 allows, and never more
 
+	// readBuffer is what each connection keeps, in octets: enough for a request with its header.
+	readBuffer = 4 << 10
 	// handshake bounds a handshake with all its waiting behind others. What a client is waited for has a limit of its own: see gate.
 	handshake = 2 * time.Minute
 )
@@ -53,6 +55,7 @@ func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, 
 		grpc.ChainStreamInterceptor(s.Gate.StreamInterceptor),
 		grpc.StaticStreamWindowSize(window),
 		grpc.StaticConnWindowSize(window),
+		grpc.ReadBufferSize(readBuffer), // connections are many, and mostly idle
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),

@@ -36,6 +36,7 @@ type agentsOrder struct {
 	Address      string
 	Leaf         []byte        // the server's certificate, in DER
 	First, Count int           // which of the agents; each has an address of its own in 127.0.0.0/8
+	Connecting   int           // how many of them may be dialling or in a handshake: see connect
 	Tokens, CSRs []string      // the agent i brings the i-th, over and over
 	Patience     time.Duration // when it ends, whoever has no certificate until then
 }
@@ -77,7 +78,7 @@ type agent struct {
 type agents struct {
 	agentsOrder
 	dials, handshakes atomic.Int64
-	hello             chan struct{} // whoever is about to send a ClientHello holds its one element
+	connecting        chan struct{} // an element for each that is dialling or in its handshake
 
 	mu     sync.Mutex
 	report agentsReport
@@ -92,22 +93,15 @@ func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]strin
 
 func (bearer) RequireTransportSecurity() bool { return false }
 
-// agentCredentials count handshakes which are complete. One ClientHello at a time is made, so that what the server has answered is seen to
-// first: agents have a CPU of their own.
+// agentCredentials count handshakes which are complete.
 type agentCredentials struct {
 	credentials.TransportCredentials
 	herd *agents
 }
 
 func (c agentCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	select {
-	case c.herd.hello <- struct{}{}:
-	case <-ctx.Done():
-		return nil, nil, ctx.Err()
-	}
-	said := sync.OnceFunc(func() { <-c.herd.hello })
-	defer said()
-	conn, info, err := c.TransportCredentials.ClientHandshake(ctx, authority, speaker{raw, said})
+	defer raw.(newcomer).done()
+	conn, info, err := c.TransportCredentials.ClientHandshake(ctx, authority, raw)
 	if err == nil {
 		c.herd.handshakes.Add(1)
 	}
@@ -118,24 +112,45 @@ func (c agentCredentials) Clone() credentials.TransportCredentials {
 	return agentCredentials{c.TransportCredentials.Clone(), c.herd}
 }
 
-// speaker is a connection that tells of its first words.
-type speaker struct {
+// newcomer is a connection whose handshake is under way until done.
+type newcomer struct {
 	net.Conn
-	said func()
+	done func()
 }
 
-func (s speaker) Write(text []byte) (int, error) {
-	defer s.said()
-	return s.Conn.Write(text)
+// connect dials. While as many are at it as the kernel lets wait for a server, it tries again when TCP would send the SYN again that the kernel drops
+// (RFC 6298: after 1 s, and ever twice as long). Agents have a CPU each; these share one, which would have nothing left for those whose turn it is if
+// all the others were to dial in vain.
+func (h *agents) connect(ctx context.Context, from net.IP, address string) (net.Conn, error) {
+	for wait := time.Second; ; wait *= 2 {
+		select {
+		case h.connecting <- struct{}{}:
+		default:
+			if !pause(ctx, wait, 0) {
+				return nil, ctx.Err()
+			}
+			continue
+		}
+		break
+	}
+	done := sync.OnceFunc(func() { <-h.connecting })
+	h.dials.Add(1)
+	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: from}}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		done()
+		return nil, err
+	}
+	return newcomer{conn, done}, nil
 }
 
 // playAgents is what a process of agentsVerb does.
 func playAgents() error {
 	in, out := json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)
-	h := &agents{hello: make(chan struct{}, 1), report: agentsReport{Answers: map[string]int{}}}
+	h := &agents{report: agentsReport{Answers: map[string]int{}}}
 	if err := in.Decode(&h.agentsOrder); err != nil {
 		return fmt.Errorf("reading what to play: %w", err)
 	}
+	h.connecting = make(chan struct{}, h.Connecting)
 	debug.SetGCPercent(200) // the generator's core is for agents
 	all := make([]*agent, h.Count)
 	for i := range all {
@@ -198,17 +213,16 @@ func (a *agent) dial() (err error) {
 			return nil
 		},
 	}
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: a.from}}
 	const window = 1 << 20
 	a.conn, err = grpc.NewClient("passthrough:///"+a.herd.Address,
 		grpc.WithTransportCredentials(agentCredentials{credentials.NewTLS(config), a.herd}),
 		grpc.WithPerRPCCredentials(a.token),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.WithReadBufferSize(4<<10), // of so many agents the machine's memory would be full
 		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
-			a.herd.dials.Add(1)
-			return dialer.DialContext(ctx, "tcp", address)
+			return a.herd.connect(ctx, a.from, address)
 		}))
 	return err
 }

@@ -121,7 +121,7 @@ func TestAHerdEndsWithTheRun(t *testing.T) {
 	defer silent.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	crew, err := b.playAgents(ctx, agentsOrder{Address: silent.Addr().String(), Count: 1, Tokens: b.crowd.tokens, CSRs: b.crowd.csrs[keyP256], Patience: time.Hour})
+	crew, err := b.playAgents(ctx, agentsOrder{Address: silent.Addr().String(), Count: 1, Connecting: 1, Tokens: b.crowd.tokens, CSRs: b.crowd.csrs[keyP256], Patience: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}

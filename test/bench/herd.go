@@ -20,6 +20,9 @@ import (
 const (
 	// agentsAProcess is how many agents a process plays: each has a descriptor.
 	agentsAProcess = 17_000
+	// connecting is how many agents may be dialling or in a handshake: those whom the kernel lets wait (net.core.somaxconn is 4,096), and as many again
+	// whom the server has accepted.
+	connecting = 9000
 	// herdPatience is when those are given up that have no certificate.
 	herdPatience = 10 * time.Minute
 	// tenths is in how many parts of the herd its pace is shown.
@@ -88,7 +91,8 @@ func (b *bench) herdRun(ctx context.Context, start func() (*server, error)) (run
 		}
 	}()
 	for first := 0; first < b.herd; first += agentsAProcess {
-		c, err := b.playAgents(ctx, agentsOrder{Address: s.address, Leaf: leaf, First: first, Count: min(agentsAProcess, b.herd-first),
+		count := min(agentsAProcess, b.herd-first)
+		c, err := b.playAgents(ctx, agentsOrder{Address: s.address, Leaf: leaf, First: first, Count: count, Connecting: connecting*count/b.herd + 1,
 			Tokens: b.crowd.tokens, CSRs: b.crowd.csrs[keyP256], Patience: herdPatience})
 		if err != nil {
 			return nil, err

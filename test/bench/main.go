@@ -52,6 +52,7 @@ type bench struct {
 	source       string // of Kedge
 	dir          string // for everything that is written, removed at the end
 	keep         string // a folder that gets the profiles; "": none does
+	attacks      string // see the flag
 	cores        cores
 	crowd        *crowd
 	progress     func(format string, args ...any)
@@ -114,6 +115,7 @@ func run(ctx context.Context) (err error) {
 	calls := flag.Int("calls", 0, "calls in each measurement of the cost of a call")
 	agentCount := flag.Int("herd", 0, "agents that come at the same instant")
 	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, neighbours, hsm, profile")
+	flag.StringVar(&b.attacks, "beside", "", "neighbours: those alone whose names have this in them")
 	out := flag.String("out", "", "a page that gets the results, between its markers")
 	flag.StringVar(&b.keep, "profiles", "", "a folder that gets the profiles, for 'go tool pprof'")
 	flag.Parse()

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 )
@@ -66,7 +67,7 @@ func (b *bench) neighbours(ctx context.Context) (text string, err error) {
 	}
 	for _, a := range attacks {
 		for _, addresses := range []int{1, manyAddresses} {
-			if addresses > 1 && !a.many {
+			if addresses > 1 && !a.many || !strings.Contains(a.name, b.attacks) {
 				continue
 			}
 			row, err := b.beside(ctx, s, kept, a, addresses)
