@@ -64,7 +64,7 @@ func startChild(number uint64, sessions int, pin []byte, hidden []string, log *s
 	}
 	conn := connection.(*net.UnixConn)
 	g := &generation{number: number, conn: conn, writer: frameWriter{conn: conn}, began: time.Now(), pending: map[uint64]chan frame{}, found: map[string]*foundReference{},
-		turns: make(chan struct{}, 2*sessions), ended: make(chan struct{}), exited: make(chan struct{})}
+		turns: make(chan struct{}, max(2*sessions, fewest)), ended: make(chan struct{}), exited: make(chan struct{})}
 	g.process = exec.Command("/proc/self/exe", childVerb)
 	g.process.ExtraFiles = []*os.File{theirs}
 	g.process.Env = without(os.Environ(), hidden)
@@ -149,6 +149,9 @@ func (g *generation) failure() error {
 	defer g.mu.Unlock()
 	return g.err
 }
+
+// fewest is how many signatures the child may be asked for ahead, also when the token makes one at a time: several of them go over the socket together.
+const fewest = 8
 
 // enter waits until the child may be asked for another signature: of as many as are made at once, and as many again, so that its sessions never wait. Who waits here is no sign that the
 // module hangs, however many wait.

@@ -64,8 +64,8 @@ func (s *Signer) SignContext(ctx context.Context, digest []byte, opts crypto.Sig
 		if err != nil {
 			return err
 		}
-		defer leave()
 		raw, err := g.ask(ctx, kindSign, digest, own.encode(), s.token.o.Deadline)
+		leave()
 		if err != nil {
 			return err
 		}

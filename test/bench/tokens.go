@@ -33,7 +33,7 @@ func (b *bench) tokens(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("measuring tokens: %w: %s%s", err, out.String(), errOut.String())
 	}
 	t := newTable("Signatures of a token, P-256", "module | sessions | C_Sign alone, 1/s | C_Sign and one verification, 1/s | through kedge/hsm, 1/s | of C_Sign alone | of C_Sign and one verification | "+
-		"aim | p99 with twice as many waiting, ms | from the child's death to the next signature, ms")
+		"aim | p99 with twice as many waiting (eight at least), ms | from the child's death to the next signature, ms")
 	rows := 0
 	scanner := bufio.NewScanner(&out)
 	for scanner.Scan() {
