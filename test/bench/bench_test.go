@@ -262,20 +262,26 @@ func TestASampleShowsMedianAndSpread(t *testing.T) {
 
 func TestResultsGoBetweenTheMarkers(t *testing.T) {
 	page := filepath.Join(t.TempDir(), "page.md")
-	process.Write(t, page, "before\n"+beginResults+"\nold\n"+endResults+"\nafter\n")
+	const first, second = "<!-- results of 'make bench': cost -->\nold\n<!-- end of cost -->\n", "<!-- results of 'make bench': size -->\n<!-- end of size -->\n"
+	process.Write(t, page, "before\n"+first+second+"after\n")
 	for range 2 {
-		if err := insert(page, "new\n"); err != nil {
+		if err := insert(page, "cost", "new\n"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if text := process.Read(t, page); text != "before\n"+beginResults+"\n\nnew\n\n"+endResults+"\nafter\n" {
+	if text := process.Read(t, page); text != "before\n"+strings.Replace(first, "old", "\nnew\n", 1)+second+"after\n" {
 		t.Errorf("%q", text)
 	}
-	process.Write(t, page, strings.Replace(process.Read(t, page), endResults, "", 1))
-	if err := insert(page, "new"); err == nil {
-		t.Error("a page without an end of the results is written to")
+	if err := insert(page, "herd", "new"); err == nil {
+		t.Error("a page without lines for a part is written to")
 	}
-	if err := insert("../../docs/benchmarks.md.none", "new"); err == nil {
+	if err := insert("../../docs/benchmarks.md.none", "cost", "new"); err == nil {
 		t.Error("a page that is not there is written to")
+	}
+	text := process.Read(t, "../../docs/benchmarks.md")
+	for _, part := range sections {
+		if !strings.Contains(text, "\n<!-- results of 'make bench': "+part.name+" -->\n") || !strings.Contains(text, "\n<!-- end of "+part.name+" -->\n") {
+			t.Errorf("docs/benchmarks.md has no lines for the part %s", part.name)
+		}
 	}
 }

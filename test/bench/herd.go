@@ -24,7 +24,7 @@ const (
 	// whom the server has accepted.
 	connecting = 9000
 	// herdPatience is when those are given up that have no certificate.
-	herdPatience = 10 * time.Minute
+	herdPatience = 5 * time.Minute
 	// tenths is in how many parts of the herd its pace is shown.
 	tenths = 10
 )

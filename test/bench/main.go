@@ -116,7 +116,7 @@ func run(ctx context.Context) (err error) {
 	agentCount := flag.Int("herd", 0, "agents that come at the same instant")
 	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, neighbours, hsm, profile")
 	flag.StringVar(&b.attacks, "beside", "", "neighbours: those alone whose names have this in them")
-	out := flag.String("out", "", "a page that gets the results, between its markers")
+	out := flag.String("out", "", "a page that gets the results of each part, between the lines for it")
 	flag.StringVar(&b.keep, "profiles", "", "a folder that gets the profiles, for 'go tool pprof'")
 	flag.Parse()
 	b.settings = full
@@ -144,7 +144,6 @@ func run(ctx context.Context) (err error) {
 	if b.cores, err = findCores(); err != nil {
 		return err
 	}
-	began := time.Now()
 	b.progress("making tokens and CSRs, on all cores")
 	if b.crowd, err = newCrowd(b.settings.calls); err != nil {
 		return err
@@ -153,38 +152,44 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	debug.SetGCPercent(400) // the generator's core is for calls
-	others, err := b.cores.watch()
-	if err != nil {
-		return err
-	}
-	var texts []string
 	for _, s := range sections {
 		if *only != "" && !slices.Contains(strings.Split(*only, ","), s.name) {
 			continue
 		}
-		text, err := s.run(b, ctx)
+		text, err := b.section(ctx, s)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, errors.Join(context.Cause(ctx), err)) // a signal, if it was one, says why
 		}
 		fmt.Println(text)
-		texts = append(texts, text)
+		if *out != "" {
+			if err := insert(*out, s.name, text); err != nil {
+				return err
+			}
+		}
 	}
-	line, err := machine(b.dir)
+	return nil
+}
+
+// section runs a part. What it returns says also where it was measured, and beside what.
+func (b *bench) section(ctx context.Context, s section) (string, error) {
+	began := time.Now()
+	others, err := b.cores.watch()
 	if err != nil {
-		return err
+		return "", err
+	}
+	text, err := s.run(b, ctx)
+	if err != nil {
+		return "", err
+	}
+	where, err := machine(b.dir)
+	if err != nil {
+		return "", err
 	}
 	share, err := others()
 	if err != nil {
-		return err
+		return "", err
 	}
-	took := time.Since(began).Round(time.Minute)
-	line += fmt.Sprintf(" It took %d minutes, during which other programs and the kernel had %.0f %% of the two cores: on an idle machine that is little, and where it is "+
-		"much, only CPU times and ratios say something.\n", int(took.Minutes()), 100*share)
-	fmt.Println(line)
-	if *out == "" {
-		return nil
-	}
-	return insert(*out, line+"\n"+strings.Join(texts, "\n"))
+	return fmt.Sprintf("%s\n%s It took %s, during which other programs and the kernel had %.0f %% of the two cores.\n", text, where, time.Since(began).Round(time.Second), 100*share), nil
 }
 
 // workFolder makes a folder on a disk: an fsync that costs nothing would flatter Kedge.
@@ -203,22 +208,17 @@ func workFolder() (string, error) {
 	return dir, nil
 }
 
-// The lines of a page between which the results stand.
-const (
-	beginResults = "<!-- results of 'make bench' -->"
-	endResults   = "<!-- end of the results -->"
-)
-
-// insert writes the results into a page.
-func insert(path, results string) error {
+// insert writes the results of a part into a page, between the lines that are for it.
+func insert(path, part, results string) error {
 	page, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
-	before, rest, begun := strings.Cut(string(page), beginResults)
-	_, after, ended := strings.Cut(rest, endResults)
+	begin, end := fmt.Sprintf("<!-- results of 'make bench': %s -->", part), fmt.Sprintf("<!-- end of %s -->", part)
+	before, rest, begun := strings.Cut(string(page), begin)
+	_, after, ended := strings.Cut(rest, end)
 	if !begun || !ended {
-		return fmt.Errorf("%s has no line %q with a line %q after it", path, beginResults, endResults)
+		return fmt.Errorf("%s has no line %q with a line %q after it", path, begin, end)
 	}
-	return os.WriteFile(path, []byte(before+beginResults+"\n\n"+strings.TrimSpace(results)+"\n\n"+endResults+after), 0o644)
+	return os.WriteFile(path, []byte(before+begin+"\n\n"+strings.TrimSpace(results)+"\n\n"+end+after), 0o644)
 }
