@@ -92,10 +92,15 @@ func (g *Gate) arrives(c *call) {
 	}
 	g.mu.Lock()
 	c.arriving = g.arriving.PushBack(c)
-	c.conn.calls++
-	g.busy(c.conn)
-	if !c.work {
-		g.release(c.conn, g.served)
+	switch idle := c.conn.inAll != nil; {
+	case c.work:
+		g.busy(c.conn)
+		c.conn.called = true
+		c.conn.calls++
+	case idle && !c.conn.called:
+		g.busy(c.conn)
+		c.conn.called = true
+		g.rest(c.conn)
 	}
 	var slowest *conn
 	if g.arriving.Len() > mostArriving {
@@ -125,7 +130,7 @@ func (g *Gate) ends(c *call) {
 	defer g.mu.Unlock()
 	g.settle(c)
 	if c.work {
-		g.release(c.conn, g.served)
+		g.release(c.conn)
 	}
 }
 

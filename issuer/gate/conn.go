@@ -23,10 +23,10 @@ type conn struct {
 	once sync.Once
 
 	// Of the gate's lock.
-	calls          int // that make it busy
-	closed         bool
-	kind           *list.List // while it is idle: served or fresh
-	inKind, inPeer *list.Element
+	calls         int  // that make it busy
+	called        bool // it had a call
+	closed        bool
+	inAll, inPeer *list.Element // while it is idle
 
 	// Of the goroutine that makes the handshake.
 	shaking  bool // it had a turn already, and has a place
@@ -106,6 +106,7 @@ func (c *conn) give() {
 	if c.holding {
 		c.holding = false
 		c.gate.handshakes.give(c.turn)
+		c.gate.signal()
 	}
 }
 

@@ -72,8 +72,7 @@ type Gate struct {
 	mu       sync.Mutex
 	open     int
 	peers    map[netip.Prefix]*peerConns
-	served   *list.List    // of *conn which are idle and had a call, the one that is idle longest first
-	fresh    *list.List    // of *conn which are idle and had no call yet, likewise
+	idle     idle
 	arriving *list.List    // of *call, the one that began first first
 	room     chan struct{} // holds one element after a connection ended or became idle, or a handshake waits no longer
 	closed   chan struct{} // once the listener is
@@ -82,7 +81,31 @@ type Gate struct {
 // peerConns is what one peer has open.
 type peerConns struct {
 	open int
-	idle *list.List // of *conn
+	idle idle
+}
+
+// idle are connections without a call, of *conn, the one that is idle longest first. Who was served needs its connection no more for a while; who was not made
+// a handshake for its call.
+type idle struct{ served, fresh *list.List }
+
+func newIdle() idle { return idle{list.New(), list.New()} }
+
+// of is the list for a connection.
+func (i idle) of(c *conn) *list.List {
+	if c.called {
+		return i.served
+	}
+	return i.fresh
+}
+
+// dispensable is the connection that is missed least; nil: there is none.
+func (i idle) dispensable() *conn {
+	for _, l := range []*list.List{i.served, i.fresh} {
+		if first := l.Front(); first != nil {
+			return first.Value.(*conn)
+		}
+	}
+	return nil
 }
 
 // New makes a gate.
@@ -103,7 +126,7 @@ func New(o Options) *Gate {
 		// More at once would only make each of them slower, and calls with them.
 		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections, o.Connections),
 		calls:      newTurns(runtime.GOMAXPROCS(0), cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
-		peers:      map[netip.Prefix]*peerConns{}, served: list.New(), fresh: list.New(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
+		peers:      map[netip.Prefix]*peerConns{}, idle: newIdle(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 }
 
@@ -190,7 +213,7 @@ type Counts struct {
 func (g *Gate) Counts() Counts {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return Counts{Connections: g.open, Idle: g.served.Len() + g.fresh.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
+	return Counts{Connections: g.open, Idle: g.idle.served.Len() + g.idle.fresh.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
 }
 
 // Tell logs that a caller was refused before any door saw its call. Everybody who reaches the port can cause such lines, so they are few: see sparing.

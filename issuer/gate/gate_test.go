@@ -366,29 +366,44 @@ func TestIdleConnectionsMakeRoomForNewOnes(t *testing.T) {
 
 // A connection over which something goes on is never closed for another.
 func TestWhoWasServedMakesRoomBeforeWhoWasNot(t *testing.T) {
-	g := New(Options{Connections: 2})
-	add := func(from string) *conn {
-		c := &conn{gate: g, key: peerNamed(from)}
-		if victim, admitted, err := g.place(c); victim != nil || !admitted || err != nil {
-			t.Fatalf("%s: %v, %t, %v", from, victim, admitted, err)
-		}
-		g.ready(c)
-		return c
-	}
-	fresh, served := add("192.0.2.1"), add("192.0.2.2")
-	g.mu.Lock()
-	served.calls++
-	g.busy(served)
-	g.release(served, g.served)
-	g.mu.Unlock()
-	for i, want := range []*conn{served, fresh, nil} {
-		victim, admitted, err := g.place(&conn{gate: g, key: peerNamed(fmt.Sprintf("192.0.2.%d", 10+i))})
-		if victim != want || admitted != (want != nil) || err != nil {
-			t.Fatalf("newcomer %d takes the place of %v, %t, %v; want that of %v", i, victim, admitted, err, want)
-		}
-		if victim != nil {
-			g.leave(victim)
-		}
+	for who, options := range map[string]Options{"all": {Connections: 20}, "one peer": {Connections: 2 * fairShare}} {
+		t.Run(who, func(t *testing.T) {
+			g := New(options)
+			var all []*conn
+			for i := range 20 {
+				peer := "192.0.2.1"
+				if who == "all" {
+					peer = fmt.Sprintf("192.0.2.%d", 10+i)
+				} else if i == fairShare {
+					break
+				}
+				c := &conn{gate: g, key: peerNamed(peer)}
+				victim, admitted, err := g.place(c)
+				if victim != nil || !admitted || err != nil {
+					t.Fatalf("connection %d: %v, %t, %v", i, victim, admitted, err)
+				}
+				g.ready(c)
+				all = append(all, c)
+			}
+			for _, kind := range []bool{true, false} { // work or not: it was served
+				served := all[len(all)/2]
+				if !kind {
+					served = all[len(all)/2+1]
+				}
+				c := &call{conn: served, work: kind}
+				g.arrives(c)
+				g.ends(c)
+				victim, admitted, err := g.place(&conn{gate: g, key: all[0].key})
+				if victim != served || !admitted || err != nil {
+					t.Fatalf("a newcomer takes the place of %v, %t, %v; want that of the one that was served", victim, admitted, err)
+				}
+				g.leave(victim)
+			}
+			victim, admitted, err := g.place(&conn{gate: g, key: all[0].key})
+			if victim != all[0] || !admitted || err != nil {
+				t.Errorf("when nobody was served a newcomer takes the place of %v, %t, %v; want that of the first", victim, admitted, err)
+			}
+		})
 	}
 }
 

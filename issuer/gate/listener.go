@@ -1,8 +1,6 @@
 package gate
 
 import (
-	"cmp"
-	"container/list"
 	"errors"
 	"fmt"
 	"math"
@@ -93,19 +91,18 @@ func (g *Gate) place(c *conn) (victim *conn, admitted bool, err error) {
 	defer g.mu.Unlock()
 	p := g.peers[c.key]
 	if p == nil {
-		p = &peerConns{idle: list.New()}
+		p = &peerConns{idle: newIdle()}
 	}
 	free := g.connections - g.open
 	switch {
 	case g.handshakes.crowd() >= g.shaking:
 		return nil, false, nil
 	case p.open >= max(free, fairShare):
-		if victim = oldest(p.idle); victim == nil {
+		if victim = p.idle.dispensable(); victim == nil {
 			return nil, false, fmt.Errorf("its peer has %d of %d connections, none of them idle, and %d are free: no peer may have more than that", p.open, g.connections, max(free, 0))
 		}
 	case free <= 0:
-		// Who was served needs its connection no more for a while. Who was not made a handshake for its call.
-		if victim = cmp.Or(oldest(g.served), oldest(g.fresh)); victim == nil {
+		if victim = g.idle.dispensable(); victim == nil {
 			return nil, false, nil
 		}
 	}
@@ -116,13 +113,6 @@ func (g *Gate) place(c *conn) (victim *conn, admitted bool, err error) {
 	p.open++
 	g.peers[c.key], c.peer = p, p
 	return victim, true, nil
-}
-
-func oldest(idle *list.List) *conn {
-	if first := idle.Front(); first != nil {
-		return first.Value.(*conn)
-	}
-	return nil
 }
 
 // leave gives the place of a connection back.
@@ -143,26 +133,31 @@ func (g *Gate) ready(c *conn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	c.calls++
-	g.release(c, g.fresh)
+	g.release(c)
 }
 
-// release notes that a call has ended. A connection without any is idle, and goes to those of its kind. The gate is locked.
-func (g *Gate) release(c *conn, kind *list.List) {
+// release notes that a call has ended. A connection without any is idle. The gate is locked.
+func (g *Gate) release(c *conn) {
 	if c.calls--; c.calls > 0 || c.closed {
 		return
 	}
-	c.kind, c.inKind, c.inPeer = kind, kind.PushBack(c), c.peer.idle.PushBack(c)
+	g.rest(c)
 	if g.open >= g.connections {
 		g.signal()
 	}
 }
 
+// rest puts a connection on the lists of idle ones. The gate is locked.
+func (g *Gate) rest(c *conn) {
+	c.inAll, c.inPeer = g.idle.of(c).PushBack(c), c.peer.idle.of(c).PushBack(c)
+}
+
 // busy takes a connection off the lists of idle ones. The gate is locked.
 func (g *Gate) busy(c *conn) {
-	if c.kind != nil {
-		c.kind.Remove(c.inKind)
-		c.peer.idle.Remove(c.inPeer)
-		c.kind, c.inKind, c.inPeer = nil, nil, nil
+	if c.inAll != nil {
+		g.idle.of(c).Remove(c.inAll)
+		c.peer.idle.of(c).Remove(c.inPeer)
+		c.inAll, c.inPeer = nil, nil
 	}
 }
 

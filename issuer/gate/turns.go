@@ -2,6 +2,7 @@ package gate
 
 import (
 	"container/heap"
+	"container/list"
 	"context"
 	"errors"
 	"net/netip"
@@ -14,6 +15,13 @@ var errCrowded = errors.New("too many are waiting already")
 
 var errStopping = errors.New("the CA is stopping")
 
+const (
+	// firstTypical is how long a turn takes, until it is known.
+	firstTypical = 100 * time.Microsecond
+	// longestTurn is as much of a turn as counts. One that takes longer is not dear: the machine stood still.
+	longestTurn = 20 * time.Millisecond
+)
+
 // turns lets a number of holders work at once; the others wait. Whose turn is next is a matter of what the peers have had of the holders' time: WF2Q+ with
 // equal weights (Bennett and Zhang, Hierarchical packet fair queueing algorithms, 1996), but that who has not asked for a while comes before those who have
 // gone on asking. So somebody who asks for little does not wait behind others who ask for much, however many those are; and those who ask for much get as
@@ -25,17 +33,18 @@ var errStopping = errors.New("the CA is stopping")
 // done only then.
 type turns struct {
 	mu      sync.Mutex
-	free    int       // turns that nobody has
-	places  int       // that nobody has
-	waiting int       // who has not given up
+	free    int // turns that nobody has
+	places  int // that nobody has
+	waiting int
 	most    int       // who may wait
-	begun   []*waiter // who comes back
+	begun   list.List // of *waiter who come back
 	lines   map[netip.Prefix]*line
 	queue   queue         // the lines with somebody in them
+	ahead   queue         // the others that are remembered: their peers have had more than if all had had their part at every moment
 	clock   time.Duration // how long somebody who always waited has had turns by now
 	typical time.Duration // how long a turn takes
+	longest time.Duration // as much of a turn as counts
 	added   uint64        // how often a line came into the queue
-	many    int           // so many lines are looked through for those that may be forgotten
 
 	ended chan struct{} // once nobody gets a turn any more
 }
@@ -43,10 +52,10 @@ type turns struct {
 // line is where those of one peer wait.
 type line struct {
 	peer    netip.Prefix
-	waiters []*waiter
+	waiters list.List     // of *waiter
 	due     time.Duration // when the clock has come so far it is the line's turn: it has had what it may have until then
 	order   uint64        // of lines that are due together
-	index   int           // in the queue; -1: it is not
+	index   int           // in turns.queue if somebody waits, otherwise in turns.ahead; -1: the line is forgotten
 }
 
 // queue is a heap of lines, the one that is due first first.
@@ -78,8 +87,8 @@ func (q *queue) Pop() any {
 type waiter struct {
 	turn chan struct{} // closed when it has it
 	line *line
-	back bool // it has a place
-	gone bool // it gave up
+	back bool          // it has a place
+	in   *list.Element // of the line, or of turns.begun
 
 	counted time.Duration // see turn; valid when it has its turn
 }
@@ -92,7 +101,7 @@ type turn struct {
 }
 
 func newTurns(at, places, most int) *turns {
-	return &turns{free: at, places: places, most: most, typical: 100 * time.Microsecond, lines: map[netip.Prefix]*line{}, ended: make(chan struct{})}
+	return &turns{free: at, places: places, most: most, typical: firstTypical, longest: longestTurn, lines: map[netip.Prefix]*line{}, ended: make(chan struct{})}
 }
 
 // take waits for a turn and a place, no longer than ctx. It is errCrowded when too many wait, and errStopping after end. Who has a turn gives it back, and
@@ -120,7 +129,7 @@ func (t *turns) comeBack(l *line) *waiter {
 		return nil
 	}
 	w := &waiter{turn: make(chan struct{}), line: l, back: true}
-	t.begun = append(t.begun, w)
+	w.in = t.begun.PushBack(w)
 	t.waiting++
 	return w
 }
@@ -135,29 +144,34 @@ func (t *turns) enqueue(peer netip.Prefix) (*waiter, error) {
 		return nil, nil
 	}
 	l := t.lines[peer]
-	if t.waiting >= t.most || l != nil && len(l.waiters) > max(t.most-t.waiting, fairShare) {
+	if t.waiting >= t.most || l != nil && l.waiters.Len() > max(t.most-t.waiting, fairShare) {
 		return nil, errCrowded
 	}
 	if l == nil {
 		l = &line{peer: peer, index: -1}
 		t.lines[peer] = l
 	}
-	w := &waiter{turn: make(chan struct{}), line: l}
-	l.waiters = append(l.waiters, w)
-	t.waiting++
-	if l.index < 0 {
+	if l.waiters.Len() == 0 {
 		t.add(l)
 	}
+	w := &waiter{turn: make(chan struct{}), line: l}
+	w.in = l.waiters.PushBack(w)
+	t.waiting++
 	return w, nil
 }
 
 // add puts a line into the queue. What it has not had while nobody was in it is lost, but for as much as brings it before those who go on asking: of
 // these each has had at most a turn more or less than others.
 func (t *turns) add(l *line) {
+	if l.index >= 0 {
+		heap.Remove(&t.ahead, l.index)
+	}
 	t.added++
-	l.due, l.order = max(l.due, t.clock-2*t.typical), t.added
+	l.due, l.order = max(l.due, t.clock-t.credit()), t.added
 	heap.Push(&t.queue, l)
 }
+
+func (t *turns) credit() time.Duration { return 2 * t.typical }
 
 // wait waits until w has its turn; nil has it.
 func (t *turns) wait(ctx context.Context, w *waiter) (turn, error) {
@@ -184,8 +198,7 @@ func (t *turns) wait(ctx context.Context, w *waiter) (turn, error) {
 		t.charge(w.line, -w.counted)
 		t.serve()
 	default:
-		w.gone = true
-		t.waiting--
+		t.drop(w)
 	}
 	return turn{}, err
 }
@@ -198,12 +211,11 @@ func (t *turns) give(had turn) {
 	took := time.Since(had.began)
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	took = min(took, t.longest)
 	t.free++
 	t.typical += (took - t.typical) / 16
-	if n := len(t.queue); n > 0 { // as if each of those who wait had had their part of it
-		t.clock += took / time.Duration(n)
-	}
 	t.charge(had.line, took-had.counted)
+	t.pass(took)
 	t.serve()
 }
 
@@ -221,8 +233,23 @@ func (t *turns) charge(l *line, took time.Duration) {
 		return
 	}
 	l.due += took
-	if l.index >= 0 {
+	switch {
+	case l.index < 0:
+	case l.waiters.Len() > 0:
 		heap.Fix(&t.queue, l.index)
+	default:
+		heap.Fix(&t.ahead, l.index)
+	}
+}
+
+// pass lets the clock go on as if each peer had had its part of a turn: those who wait, and those who would still wait if they had not been served before
+// others. These count for no more than those who wait, so that ever new peers do not make it stand still.
+func (t *turns) pass(took time.Duration) {
+	if n := len(t.queue); n > 0 {
+		t.clock += took / time.Duration(min(n+len(t.ahead), 2*n))
+	}
+	for len(t.ahead) > 0 && t.ahead[0].due <= t.clock-t.credit() { // it would begin anew all the same
+		delete(t.lines, heap.Pop(&t.ahead).(*line).peer)
 	}
 }
 
@@ -233,53 +260,50 @@ func (t *turns) serve() {
 		if w == nil {
 			return
 		}
-		if w.gone {
-			continue
-		}
+		t.drop(w)
 		t.free--
 		if !w.back {
 			t.places--
 		}
-		t.waiting--
 		w.counted = t.typical // until it is known: there may be several at once
 		t.charge(w.line, w.counted)
 		close(w.turn)
 	}
 }
 
-// first takes the one who is next, also one who gave up. There may be none.
-func (t *turns) first() (w *waiter) {
-	if len(t.begun) > 0 {
-		w, t.begun = t.begun[0], t.begun[1:]
-		return w
+// first is the one who is next. There may be none.
+func (t *turns) first() *waiter {
+	if next := t.begun.Front(); next != nil {
+		return next.Value.(*waiter)
 	}
 	if t.places == 0 || len(t.queue) == 0 {
 		return nil
 	}
 	l := t.queue[0]
 	t.clock = max(t.clock, l.due)
-	w, l.waiters = l.waiters[0], l.waiters[1:]
-	if len(l.waiters) == 0 {
-		heap.Pop(&t.queue)
-		t.forget()
-	}
-	return w
+	return l.waiters.Front().Value.(*waiter)
 }
 
-// remembered is how many lines are remembered at least.
-const remembered = 1024
-
-// forget drops, once lines are many, those with nobody in them whose peers have had no more than others would have had; and all when nobody waits.
-func (t *turns) forget() {
-	if len(t.queue) > 0 && len(t.lines) < t.many {
+// drop takes somebody out of its line, who waits no longer. When nobody waits any more what the peers have had is forgotten.
+func (t *turns) drop(w *waiter) {
+	t.waiting--
+	if w.back {
+		t.begun.Remove(w.in)
 		return
 	}
-	for peer, l := range t.lines {
-		if l.index < 0 && (len(t.queue) == 0 || l.due <= t.clock) {
-			delete(t.lines, peer)
-		}
+	l := w.line
+	if l.waiters.Remove(w.in); l.waiters.Len() > 0 {
+		return
 	}
-	t.many = 2*len(t.lines) + remembered
+	heap.Remove(&t.queue, l.index)
+	heap.Push(&t.ahead, l)
+	if len(t.queue) > 0 {
+		return
+	}
+	for _, l := range t.ahead {
+		l.index = -1
+	}
+	t.ahead, t.lines = nil, map[netip.Prefix]*line{} // a new one: there may have been very many
 }
 
 // crowd is of how many peers somebody waits.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -53,6 +54,7 @@ func queued(t *testing.T, turns *turns, ctx context.Context, peer netip.Prefix, 
 func busy(t *testing.T) (turns *turns, out chan served, had turn) {
 	t.Helper()
 	turns, out = newTurns(1, 10_000, 10_000), make(chan served)
+	turns.longest = math.MaxInt64
 	had, err := turns.take(t.Context(), peerNamed("198.51.100.1"))
 	if err != nil {
 		t.Fatal(err)
@@ -66,7 +68,7 @@ func settled(t *testing.T, turns *turns, left int) {
 	for range left {
 		turns.leave()
 	}
-	if turns.free != 1 || turns.places != 10_000 || turns.waiting != 0 || len(turns.lines) != 0 || len(turns.queue) != 0 {
+	if turns.free != 1 || turns.places != 10_000 || turns.waiting != 0 || len(turns.lines) != 0 || len(turns.queue) != 0 || len(turns.ahead) != 0 {
 		t.Errorf("after all: %d turns, %d places, %d wait, %d lines, %d in the queue", turns.free, turns.places, turns.waiting, len(turns.lines), len(turns.queue))
 	}
 }
@@ -181,7 +183,7 @@ func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 			break
 		}
 	}
-	if waited > 50 {
+	if waited > 90 {
 		t.Errorf("its second turn came after %d newcomers", waited)
 	}
 	for turns.length() > 0 {
@@ -192,13 +194,89 @@ func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 	settled(t, turns, newcomers+3)
 }
 
+// Also when those who ask for little are many, as long as they have less than their part.
+func TestManyWhoAskForLittleDoNotWaitForAllTheOthers(t *testing.T) {
+	for _, many := range []struct{ greedy, modest, every int }{{64, 1, 1000}, {64, 100, 20}, {64, 100, 4}} {
+		turns, _, had := busy(t)
+		came, waiting := map[*waiter]int{}, map[*waiter]bool{} // after so many greedy turns
+		ask := func(i int) *waiter {
+			w, err := turns.enqueue(netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i / 256), byte(i)}), 32))
+			if err != nil || w == nil {
+				t.Fatal(w, err)
+			}
+			waiting[w] = true
+			return w
+		}
+		for i := range 2 * many.greedy {
+			ask(i % many.greedy)
+		}
+		greedy, sum, asked := 0, 0, 0
+		turns.give(had)
+		for n := range 6000 {
+			if n > 2*many.greedy && n%many.every == 0 { // once they have begun to differ
+				came[ask(1000+asked%many.modest)] = greedy
+				asked++
+			}
+			for w := range waiting {
+				select {
+				case <-w.turn:
+				default:
+					continue
+				}
+				delete(waiting, w)
+				if before, modest := came[w]; modest {
+					sum += greedy - before
+				} else {
+					greedy++
+					for i := range many.greedy { // it asks again
+						if w.line.peer.Contains(netip.AddrFrom4([4]byte{203, 0, 0, byte(i)})) {
+							ask(i)
+						}
+					}
+				}
+				turns.leave()
+				turns.give(turn{w.line, time.Now().Add(-time.Hour), w.counted})
+				break
+			}
+		}
+		if average := float64(sum) / float64(asked); average > 4 {
+			t.Errorf("beside %d who always ask, each of %d who have a part of 1/%d together waits for %.1f of their turns", many.greedy, many.modest, many.every, average)
+		}
+		if n := len(turns.ahead); n > 8*many.greedy {
+			t.Errorf("%d lines are remembered beside %d in which somebody waits", n, len(turns.queue))
+		}
+	}
+}
+
+// A machine that stood still makes nobody wait for as long again.
+func TestATurnInWhichTheMachineStoodStillIsNotDear(t *testing.T) {
+	turns := newTurns(1, 100, 100)
+	if _, err := turns.enqueue(peerNamed("198.51.100.1")); err != nil {
+		t.Fatal(err)
+	}
+	var waiters []*waiter
+	for i := range 3 {
+		w, err := turns.enqueue(peerNamed(fmt.Sprintf("192.0.2.%d", i)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		waiters = append(waiters, w)
+	}
+	turns.give(turn{began: time.Now().Add(-time.Hour)})
+	<-waiters[0].turn
+	turns.give(turn{waiters[0].line, time.Now().Add(-time.Hour), waiters[0].counted})
+	if due, most := waiters[0].line.due, 3*longestTurn; due > most || turns.clock > most || turns.typical > longestTurn/4 {
+		t.Errorf("after an hour it is due at %s, the clock is at %s, and a turn typically takes %s", due, turns.clock, turns.typical)
+	}
+}
+
 // Peers that are done with are forgotten also while others wait all the time.
 func TestPeersAreForgotten(t *testing.T) {
 	turns, out, had := busy(t)
 	always := peerNamed("192.0.2.1")
 	queued(t, turns, t.Context(), always, out)
 	next := served{always, had}
-	for i := range 3 * remembered {
+	for i := range 1000 {
 		queued(t, turns, t.Context(), always, out)
 		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("203.0.%d.%d", i/256, i%256)), out)
 		for range 2 {
@@ -207,7 +285,7 @@ func TestPeersAreForgotten(t *testing.T) {
 			next = <-out
 		}
 	}
-	if n := len(turns.lines); n > 2*remembered {
+	if n := len(turns.lines); n > 20 || n != len(turns.queue)+len(turns.ahead) {
 		t.Errorf("%d lines are remembered", n)
 	}
 	for turns.length() > 0 {
@@ -321,6 +399,30 @@ func TestNoTurnIsLostWhenCallersGiveUp(t *testing.T) {
 	if turns.free != slots || turns.places != places || turns.waiting != 0 {
 		t.Errorf("%d turns are free, %d places, %d wait", turns.free, turns.places, turns.waiting)
 	}
+}
+
+// Whoever gives up leaves nothing behind, so that it does not count against its peer.
+func TestWhoGivesUpIsGone(t *testing.T) {
+	turns, out, had := busy(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	var ended []<-chan error
+	for i := range 100 {
+		ended = append(ended, queued(t, turns, ctx, peerNamed(fmt.Sprintf("192.0.2.%d", i%10)), out))
+	}
+	if n := turns.crowd(); n != 10 {
+		t.Errorf("a crowd of %d", n)
+	}
+	cancel()
+	for _, e := range ended {
+		if err := <-e; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	}
+	if n := turns.crowd(); n != 0 {
+		t.Errorf("a crowd of %d has given up", n)
+	}
+	turns.give(had)
+	settled(t, turns, 1)
 }
 
 // Refusing is the last resort, and meets the peer that has most: somebody new always finds room.
