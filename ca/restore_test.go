@@ -13,6 +13,7 @@ import (
 
 	"kedge/ca"
 	"kedge/ca/backup"
+	"kedge/ca/ledger"
 	"kedge/plugins/file"
 )
 
@@ -166,5 +167,43 @@ func TestARestoredIssuingCAIsRemovedOnlyAfterItsOwnEnd(t *testing.T) {
 		if got := r.states(t); got != step.want {
 			t.Errorf("%s after its end: states %q, want %q", f.clock.clock().Wall().Sub(end), got, step.want)
 		}
+	}
+}
+
+// TestARestoredCAUnderARootOfOthersWaitsForTheWindowAndNoLonger: what the lost CA, and whoever shares the root, signed up to the restore has ended when the window has gone by since.
+// Then another root may sign; it does not take the old root's own end.
+func TestARestoredCAUnderARootOfOthersWaitsForTheWindowAndNoLonger(t *testing.T) {
+	f, root, first := newMoving(t)
+	f.foreign = ledger.Coverage{Kind: "foreign", Until: ledger.At(f.clock.clock().Wall().Add(f.window))}
+	issuing, next := makeCA(t, f, "an intermediate", first, nil), makeCA(t, f, "the next root", nil, nil)
+	root.bring(issuing)
+	f.mustOpen(t)
+	f.clock.pass(f.window - time.Hour)
+	r := f.restore(t, f.backup(t))
+	r.root, r.window, r.foreign = root, f.window, f.foreign
+	r.mustOpen(t)
+	if err := r.signs(t, issuing); err != nil {
+		t.Fatal(err)
+	}
+	end := f.clock.clock().Wall().Add(f.window)
+	all, err := r.ca.Authorities()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range all {
+		if a.Coverage.Kind != "foreign" || a.UnseenUntil == nil || a.UnseenUntil.Sub(end).Abs() > time.Minute {
+			t.Errorf("of %s it says %+v, and that others live until %v, where the window ends at %s", a.Subject, a.Coverage, a.UnseenUntil, end)
+		}
+	}
+	root.set(func() { root.anchors = []*madeCA{next, first} })
+	root.bring(makeCA(t, f, "an intermediate of the next root", next, nil))
+	r.chores(t)
+	r.clock.pass(f.window - time.Hour)
+	if err := r.ca.RenewIssuing(t.Context()); err == nil || !strings.Contains(err.Error(), "no issuing CA signs under the new root") {
+		t.Errorf("within the window the next root signs: %v", err)
+	}
+	r.clock.pass(2 * time.Hour)
+	if err := r.ca.RenewIssuing(t.Context()); err != nil {
+		t.Errorf("after the window: %v", err)
 	}
 }

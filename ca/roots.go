@@ -220,17 +220,25 @@ func (c *CA) removeRoots(ctx context.Context, given []*x509.Certificate) error {
 	return c.reload(ctx)
 }
 
-// unseen is when the last certificate under an authority has ended that the ledger does not know; zero: it knows all of them.
+// unseen is when the last certificate under an authority has ended that the ledger does not know; zero: it knows all of them. Of an issuing CA that was made here and came with
+// a restore that is its own end.
 func (c *CA) unseen(a *authority) time.Time {
-	switch coverage := a.record.Coverage; {
+	coverage := a.record.Coverage
+	switch {
 	case coverage.Complete():
 		return time.Time{}
-	case coverage.Until != 0:
-		return earlier(coverage.Until.Time(), a.notAfter)
-	case coverage.Kind == "since" && a.record.Role == ledger.RoleRoot:
-		return earlier(coverage.Since.Time().Add(c.foreignWindow), a.notAfter)
+	case coverage.Kind == "foreign" && coverage.Until == 0, coverage.Kind == "since" && a.record.Role != ledger.RoleRoot:
+		return a.notAfter
 	}
-	return a.notAfter
+	end := coverage.Until.Time()
+	if coverage.Since != 0 { // a restore, or a root that was there before: who signed up to then had this configuration
+		window := c.foreignWindow
+		for _, profile := range c.profiles {
+			window = max(window, profile.MaxTTL())
+		}
+		end = later(end, coverage.Since.Time().Add(window))
+	}
+	return earlier(end, a.notAfter)
 }
 
 // activationMargin is for verifiers whose clocks are behind.

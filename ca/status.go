@@ -2,6 +2,7 @@ package ca
 
 import (
 	"crypto/x509"
+	"slices"
 	"time"
 
 	"kedge/ca/ledger"
@@ -22,7 +23,8 @@ type AuthorityStatus struct {
 	KeyType     string          `json:"key_type"`
 	Root        *ledger.Hash    `json:"root,omitempty"`
 	Coverage    ledger.Coverage `json:"coverage"`
-	LiveSVIDs   uint64          `json:"live_certificates"` // that chain to it, as the holdings count them
+	UnseenUntil *time.Time      `json:"unseen_until,omitempty"` // when the last certificate has ended that the ledger does not know
+	LiveSVIDs   uint64          `json:"live_certificates"`      // that chain to it, as the holdings count them
 	LastExpiry  *time.Time      `json:"last_expiry,omitempty"`
 	Certificate string          `json:"certificate"` // PEM
 }
@@ -47,6 +49,10 @@ func (c *CA) Authorities() ([]AuthorityStatus, error) {
 			}
 		}
 	}
+	t, unseen := c.trust.Load(), map[ledger.Hash]time.Time{}
+	for _, a := range slices.Concat(t.roots, t.issuing) {
+		unseen[a.record.ID] = c.unseen(a)
+	}
 	all := make([]AuthorityStatus, 0, len(records))
 	underRoot, lastUnderRoot := map[ledger.Hash]uint64{}, map[ledger.Hash]time.Time{}
 	for _, record := range records {
@@ -59,6 +65,9 @@ func (c *CA) Authorities() ([]AuthorityStatus, error) {
 			Subject: cert.Subject.String(), NotBefore: cert.NotBefore, NotAfter: cert.NotAfter, Key: record.Key, KeyType: KeyType(cert.PublicKey),
 			Coverage: record.Coverage, Certificate: encodePEM(record.Certificate),
 		}
+		if end := unseen[record.ID]; !end.IsZero() {
+			s.UnseenUntil = &end
+		}
 		if record.Role == ledger.RoleIssuing {
 			chain := ledger.ChainHash(record.Chain)
 			s.Root, s.LiveSVIDs = &record.Root, live[chain]
@@ -69,7 +78,7 @@ func (c *CA) Authorities() ([]AuthorityStatus, error) {
 			if last[chain].After(lastUnderRoot[record.Root]) {
 				lastUnderRoot[record.Root] = last[chain]
 			}
-			if active := c.trust.Load().active; active != nil && active.record.ID == record.ID && record.KeyRef != "" {
+			if active := t.active; active != nil && active.record.ID == record.ID && record.KeyRef != "" {
 				due := active.halfLife()
 				s.Renews = &due
 			}

@@ -271,8 +271,8 @@ func (r *Role) UnmarshalText(text []byte) error {
 // Coverage says what this log knows of the certificates under an authority.
 type Coverage struct {
 	Kind  string `cbor:"1,keyasint" json:"kind"`                      // complete: all of them; since: all from Since on; foreign: not
-	Since Time   `cbor:"2,keyasint,omitempty" json:"since,omitempty"` //
-	// Until is when the last certificate has expired that the log does not know, as an admin states for foreign; 0: nobody says, so it is the authority's own end.
+	Since Time   `cbor:"2,keyasint,omitempty" json:"since,omitempty"` // of foreign: the latest restore, up to which this CA signed what the log does not know, too; 0: there was none
+	// Until is when the last certificate has expired that others signed and the log does not know, as an admin states for foreign; 0: nobody says, so it is the authority's own end.
 	Until Time `cbor:"3,keyasint,omitempty" json:"until,omitempty"`
 }
 

@@ -88,16 +88,16 @@ func (b *batch) cutCoverage() error {
 }
 
 // cut lets the coverage begin after the second of a restore, in which somebody else may have signed before it, and says whether that changes anything.
-// What is removed is known to have nothing under it; of what is foreign nothing was known before either, but for its end.
+// What is removed is known to have nothing under it; of what is foreign nothing was known before either, but the lost CA was one more that signed.
 func (r *authorityRow) cut(at Time) bool {
 	switch c := &r.Founded.Coverage; {
-	case r.State == StateRemoved, c.Kind == "foreign" && c.Until == 0:
+	case r.State == StateRemoved:
 		return false
 	case c.Kind == "foreign":
-		c.Until = 0
-		return true
+		c.Since = at + 1
+	default:
+		*c = Coverage{Kind: "since", Since: at + 1}
 	}
-	r.Founded.Coverage = Coverage{Kind: "since", Since: at + 1}
 	return true
 }
 

@@ -51,7 +51,7 @@ func TestARestoreBeginsANewLogAndNumbersGoOn(t *testing.T) {
 	t.Parallel()
 	lost := fill(t)
 	foreign, gone := founding("foreign", RoleRoot, StateActive), founding("gone", RoleIssuing, StatePrepared)
-	foreign.Record.Coverage = Coverage{Kind: "foreign"}
+	foreign.Record.Coverage = Coverage{Kind: "foreign", Until: lost.clock.at() + 1000}
 	lost.must(foreign, gone, move(gone.ID, StatePrepared, StateRemoved))
 	h := lost.copied()
 	before := h.Head()
@@ -88,7 +88,7 @@ func TestARestoreBeginsANewLogAndNumbersGoOn(t *testing.T) {
 		want := Coverage{Kind: "since", Since: e.Time + 1}
 		switch a.ID {
 		case foreign.ID:
-			want = Coverage{Kind: "foreign"}
+			want = Coverage{Kind: "foreign", Since: e.Time + 1, Until: foreign.Record.Coverage.Until}
 		case gone.ID:
 			want = Coverage{Kind: "complete"}
 		}

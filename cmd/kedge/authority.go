@@ -120,7 +120,7 @@ trusted because certificates under it are still alive, a removed one is history.
 				if a.Renews != nil {
 					renews = people(*a.Renews)
 				}
-				table.row(short(a.ID), a.Role.String(), state, a.KeyType, people(a.NotAfter), renews, fmt.Sprint(a.LiveSVIDs), coverageText(a.Coverage))
+				table.row(short(a.ID), a.Role.String(), state, a.KeyType, people(a.NotAfter), renews, fmt.Sprint(a.LiveSVIDs), coverageText(a))
 			}
 			return table.Flush()
 		},
@@ -130,12 +130,13 @@ trusted because certificates under it are still alive, a removed one is history.
 }
 
 // coverageText says what the ledger knows of the certificates under an authority, and for how long others may live that it does not know.
-func coverageText(c ledger.Coverage) string {
-	switch {
-	case c.Since != 0:
-		return c.Kind + " " + people(c.Since.Time())
-	case c.Until != 0:
-		return c.Kind + " until " + people(c.Until.Time())
+func coverageText(a ca.AuthorityStatus) string {
+	switch c := a.Coverage; {
+	case c.Kind == "since":
+		return "since " + people(c.Since.Time())
+	case c.Kind == "foreign" && a.UnseenUntil != nil:
+		return "foreign until " + people(*a.UnseenUntil)
+	default:
+		return c.Kind
 	}
-	return c.Kind
 }
