@@ -115,7 +115,7 @@ func rehearse(ctx context.Context, w io.Writer, c *config.Config) error {
 		return fmt.Errorf("making a folder for the rehearsal's key: %w", err)
 	}
 	defer os.RemoveAll(dir) // it holds nothing but a key that was deleted
-	from, err := openOrigins(c, dir, slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	from, err := openOrigins(c, dir, slog.New(warningsOnly{slog.NewTextHandler(w, nil)}))
 	if err != nil {
 		return err
 	}
@@ -138,3 +138,8 @@ func rehearse(ctx context.Context, w io.Writer, c *config.Config) error {
 	}
 	return nil
 }
+
+// warningsOnly passes on what to mind. What goes wrong, the error says that ends the check.
+type warningsOnly struct{ slog.Handler }
+
+func (warningsOnly) Enabled(_ context.Context, level slog.Level) bool { return level == slog.LevelWarn }

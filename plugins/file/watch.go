@@ -33,11 +33,7 @@ func newWatch(what string, look func() (bool, error), interval time.Duration, lo
 		log = slog.New(slog.DiscardHandler)
 	}
 	w := &watch{look: look, what: what, log: log, changed: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}
-	w.again()
-	select {
-	case <-w.changed: // the first time nothing has changed
-	default:
-	}
+	w.again() // nobody knows of anything else yet, so that nothing has changed
 	go w.run(interval)
 	return w
 }
@@ -51,13 +47,20 @@ func (w *watch) run(interval time.Duration) {
 		case <-w.stop:
 			return
 		case <-ticker.C:
-			w.again()
+			if !w.again() {
+				continue
+			}
+			w.log.Info("files were exchanged, and are taken up", "what", w.what)
+			select {
+			case w.changed <- struct{}{}:
+			default:
+			}
 		}
 	}
 }
 
 // again looks, and says once what is wrong, and that it is right again.
-func (w *watch) again() {
+func (w *watch) again() (changed bool) {
 	changed, err := w.look()
 	w.mu.Lock()
 	before := w.problem
@@ -69,13 +72,7 @@ func (w *watch) again() {
 	case err == nil && before != nil:
 		w.log.Info("files are good again", "what", w.what)
 	}
-	if changed {
-		w.log.Info("files were exchanged, and are taken up", "what", w.what)
-		select {
-		case w.changed <- struct{}{}:
-		default:
-		}
-	}
+	return changed
 }
 
 func (w *watch) current() error {
