@@ -115,7 +115,7 @@ func rehearse(ctx context.Context, w io.Writer, c *config.Config) error {
 		return fmt.Errorf("making a folder for the rehearsal's key: %w", err)
 	}
 	defer os.RemoveAll(dir) // it holds nothing but a key that was deleted
-	from, err := openOrigins(c, dir, slog.New(warningsOnly{slog.NewTextHandler(w, nil)}))
+	from, err := openOrigins(c, folders{keys: dir, tokens: userTokens()}, slog.New(warningsOnly{slog.NewTextHandler(w, nil)}))
 	if err != nil {
 		return err
 	}

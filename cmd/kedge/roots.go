@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -30,12 +29,18 @@ type origins struct {
 	closers  []func() error
 }
 
+// folders are where origins keep what no configuration says.
+type folders struct {
+	keys   string // of issuing CAs, in files
+	tokens string // that a token has refused a PIN: it locks itself after a few
+}
+
 // openOrigins opens what the configuration names. It is the one place that knows every kind. What was opened is closed again when something fails.
-func openOrigins(c *config.Config, dataDir string, log *slog.Logger) (*origins, error) {
+func openOrigins(c *config.Config, at folders, log *slog.Logger) (*origins, error) {
 	o := &origins{recorded: func() error { return nil }}
-	err := o.openRoot(c, dataDir, log)
+	err := o.openRoot(c, at, log)
 	if err == nil {
-		err = o.openKeys(c, dataDir, log)
+		err = o.openKeys(c, at, log)
 	}
 	if err == nil && c.Root.AnchorsFile != "" {
 		err = o.openAnchors(c, log)
@@ -56,7 +61,7 @@ func (o *origins) close() error {
 }
 
 // openRoot opens the root. Others may have signed under one that was not made here, and nobody knows what.
-func (o *origins) openRoot(c *config.Config, dataDir string, log *slog.Logger) (err error) {
+func (o *origins) openRoot(c *config.Config, at folders, log *slog.Logger) (err error) {
 	now := time.Now()
 	o.coverage = ledger.Coverage{Kind: "foreign", Until: ledger.At(now.Add(c.Root.ForeignWindow.Std()))}
 	switch c.Root.Kind {
@@ -82,7 +87,7 @@ func (o *origins) openRoot(c *config.Config, dataDir string, log *slog.Logger) (
 	case config.RootKindVault:
 		o.root, err = o.openVaultRoot(c, log)
 	case config.RootKindPKCS11:
-		o.root, err = o.openTokenRoot(c, dataDir, log)
+		o.root, err = o.openTokenRoot(c, at, log)
 	default:
 		err = fmt.Errorf("root.kind %q is unknown", c.Root.Kind) // a defect: the configuration was validated
 	}
@@ -92,16 +97,16 @@ func (o *origins) openRoot(c *config.Config, dataDir string, log *slog.Logger) (
 	return nil
 }
 
-func (o *origins) openKeys(c *config.Config, dataDir string, log *slog.Logger) (err error) {
+func (o *origins) openKeys(c *config.Config, at folders, log *slog.Logger) (err error) {
 	switch c.IssuingCA.KeyStore {
 	case config.KeyStoreFile:
-		o.keys, err = file.OpenKeyStore(file.KeyStoreOptions{Dir: filepath.Join(dataDir, "keys"), PassphraseFile: c.IssuingCA.PassphraseFile})
+		o.keys, err = file.OpenKeyStore(file.KeyStoreOptions{Dir: at.keys, PassphraseFile: c.IssuingCA.PassphraseFile})
 	case config.KeyStoreMemory:
 		o.keys = &memory.KeyStore{}
 	case config.KeyStoreVault:
 		o.keys, err = o.openVaultKeys(c, log)
 	case config.KeyStorePKCS11:
-		o.keys, err = o.openTokenKeys(c, dataDir, log)
+		o.keys, err = o.openTokenKeys(c, at, log)
 	default:
 		err = fmt.Errorf("issuingCA.keyStore %q is unknown", c.IssuingCA.KeyStore) // a defect: the configuration was validated
 	}
@@ -183,13 +188,13 @@ func (o *origins) openVaultKeys(c *config.Config, log *slog.Logger) (ca.KeyStore
 }
 
 // openToken opens a token, once for root and key store: one child, and one try of a PIN. It asks the token for nothing yet.
-func (o *origins) openToken(c *config.Config, uri hsm.URI, dataDir string, log *slog.Logger) (*hsm.Token, error) {
+func (o *origins) openToken(c *config.Config, uri hsm.URI, at folders, log *slog.Logger) (*hsm.Token, error) {
 	uri.Object, uri.ID = "", nil // a key is found by its public half
 	if token := o.tokens[uri.String()]; token != nil {
 		return token, nil
 	}
 	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: c.PKCS11.ModuleParameters, Sessions: c.PKCS11.Sessions, Deadline: c.PKCS11.Timeout.Std(),
-		Hide: secretVariables(c), StateDir: filepath.Join(dataDir, "hsm"), Logger: log})
+		Hide: secretVariables(c), StateDir: at.tokens, Logger: log})
 	if err != nil {
 		return nil, err
 	}
@@ -201,12 +206,12 @@ func (o *origins) openToken(c *config.Config, uri hsm.URI, dataDir string, log *
 	return token, nil
 }
 
-func (o *origins) openTokenRoot(c *config.Config, dataDir string, log *slog.Logger) (ca.Root, error) {
+func (o *origins) openTokenRoot(c *config.Config, at folders, log *slog.Logger) (ca.Root, error) {
 	uri, err := hsm.ParseURI(c.Root.PKCS11.URI)
 	if err != nil {
 		return nil, fmt.Errorf("root.pkcs11.uri: %w", err)
 	}
-	token, err := o.openToken(c, uri, dataDir, log)
+	token, err := o.openToken(c, uri, at, log)
 	if err != nil {
 		return nil, err
 	}
@@ -214,12 +219,12 @@ func (o *origins) openTokenRoot(c *config.Config, dataDir string, log *slog.Logg
 		AllowExportable: c.PKCS11.AllowExportableKeys})
 }
 
-func (o *origins) openTokenKeys(c *config.Config, dataDir string, log *slog.Logger) (ca.KeyStore, error) {
+func (o *origins) openTokenKeys(c *config.Config, at folders, log *slog.Logger) (ca.KeyStore, error) {
 	uri, err := hsm.ParseURI(c.IssuingCA.PKCS11.URI)
 	if err != nil {
 		return nil, fmt.Errorf("issuingCA.pkcs11.uri: %w", err)
 	}
-	token, err := o.openToken(c, uri, dataDir, log)
+	token, err := o.openToken(c, uri, at, log)
 	if err != nil {
 		return nil, err
 	}

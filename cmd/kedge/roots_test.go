@@ -19,7 +19,7 @@ func TestRootAndKeyStoreInOneTokenShareIt(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		token, err := o.openToken(c, uri, t.TempDir(), slog.New(slog.DiscardHandler))
+		token, err := o.openToken(c, uri, folders{tokens: t.TempDir()}, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}

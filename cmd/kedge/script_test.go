@@ -186,8 +186,8 @@ func fillIn(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(text), 0o600))
 }
 
-// softhsm makes a token of SoftHSM, and puts URIs into the environment: of the key "mesh" on it (URI), of all keys (ANY), of the token with another label of new keys (TOKEN), and
-// of a key that is not there (NOKEY).
+// softhsm makes a token of SoftHSM, and puts URIs into the environment: of the key "mesh" on it (URI), of all keys (ANY), of the token with another label of new keys (TOKEN), of
+// a key that is not there (NOKEY), of a token (NOTOKEN), and of a module (NOMODULE). The PIN is in softhsm/pin.
 func softHSM(ts *testscript.TestScript, neg bool, args []string) {
 	dir := ts.MkAbs("softhsm")
 	ts.Check(os.MkdirAll(filepath.Join(dir, "tokens"), 0o700))
@@ -201,6 +201,8 @@ func softHSM(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv("ANY", "pkcs11:token=tok"+where)
 	ts.Setenv("TOKEN", "pkcs11:token=tok;object=kedge-issuing"+where)
 	ts.Setenv("NOKEY", "pkcs11:token=tok;object=nobody"+where)
+	ts.Setenv("NOTOKEN", "pkcs11:token=nowhere;object=mesh"+where)
+	ts.Setenv("NOMODULE", strings.Replace("pkcs11:token=tok;object=mesh"+where, "libsofthsm2.so", "none.so", 1))
 }
 
 // import LABEL puts a key that was made elsewhere onto the token of softhsm.
