@@ -31,7 +31,7 @@ fuzz: ## every fuzz target for a while: make fuzz KEDGE_FUZZ_TIME=1m
 
 e2e: build ## against the real istio-agent and Istio's own client libraries, and against real servers of Vault and OpenBao
 	@test/istio/run.sh $(BIN)
-	@test/vault/run.sh
+	@test/vault/run.sh $(BIN)
 
 crash: packages build ## kill -9 under load a thousand times, cut the power a thousand times: an hour; KEDGE_KILLS, KEDGE_CUTS
 	KEDGE_BIN=$(BIN) KEDGE_KILLS=$${KEDGE_KILLS:-1000} KEDGE_CUTS=$${KEDGE_CUTS:-1000} go test -race -count=1 -timeout 5h -v -run 'KillNine|PowerCut' ./test/crash/

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests of plugins/vault against the real Vault core and the real OpenBao. Both are had once, into a cache.
+# Runs the tests of plugins/vault, and of the kedge that is named, against the real Vault core and the real OpenBao. Both are had once, into a cache.
 set -euo pipefail
+export KEDGE_BIN=$1
 cd "$(dirname "$0")"
 servers=$(./build.sh)
 VAULT_BIN=$(sed -n 1p <<<"$servers") BAO_BIN=$(sed -n 2p <<<"$servers")
