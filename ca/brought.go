@@ -10,6 +10,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"kedge/ca/ledger"
 )
 
@@ -27,31 +29,15 @@ func (c *CA) brought(ctx context.Context, t *trust) (*authority, error) {
 	if active := t.active; active != nil && active.key != nil && active.cert.Equal(chain[0]) && sameChain(active.chain, chain) {
 		return active, nil
 	}
-	anchor, err := checkBrought(chain, key, t.anchors(), c.now())
+	anchor, err := checkBrought(chain, key, t.anchors(), c.td, c.now())
 	if err != nil {
-		return nil, err
-	}
-	if err := checkCAID(chain[0], c.td); err != nil {
 		return nil, err
 	}
 	record, err := c.recordOf(chain, anchor)
 	if err != nil {
 		return nil, err
 	}
-	a, err := loadAuthority(record, certsByID(t))
-	if err != nil {
-		return nil, err
-	}
-	if err := c.mayActivate(t.root(anchor)); err != nil {
-		return nil, err
-	}
-	if err := a.use(key); err != nil {
-		return nil, err
-	}
-	if err := c.proveAuthority(a, t.anchors()); err != nil {
-		return nil, fmt.Errorf("proving it with a throwaway leaf: %w", err)
-	}
-	return a, nil
+	return c.candidacy(t).prove(record, anchor, key)
 }
 
 // recordOf finds the issuing CA in the ledger, or makes the record that is to enter.
@@ -76,12 +62,7 @@ func (c *CA) recordOf(chain []*x509.Certificate, anchor *x509.Certificate) (reco
 		}
 		return there, nil
 	}
-	record = ledger.AuthorityRecord{ID: id, TrustDomain: c.td.Name()}
-	record.Founded = ledger.Founded{Kind: "x509", Role: ledger.RoleIssuing, Key: keyID(chain[0]), Certificate: chain[0].Raw, Root: AuthorityID(anchor), Coverage: c.foreign()}
-	for _, link := range chain {
-		record.Chain = append(record.Chain, link.Raw)
-	}
-	return record, nil
+	return foundIssuing(c.td, chain, anchor, "", c.foreign()), nil
 }
 
 // openBrought takes the key of an issuing CA from the root that brings it.
@@ -103,9 +84,9 @@ func (c *CA) openBrought(ctx context.Context, a *authority) error {
 	return a.use(key)
 }
 
-// checkBrought makes sure of an issuing CA that is not made here: its key, its usage, its time, and that it and every link outlive nothing above them. It
+// checkBrought makes sure of an issuing CA that is not made here: its key, its usage, its trust domain, its time, and that it and every link outlive nothing above them. It
 // returns the trust anchor.
-func checkBrought(chain []*x509.Certificate, key crypto.Signer, roots []*x509.Certificate, now time.Time) (*x509.Certificate, error) {
+func checkBrought(chain []*x509.Certificate, key crypto.Signer, roots []*x509.Certificate, td spiffeid.TrustDomain, now time.Time) (*x509.Certificate, error) {
 	cert := chain[0]
 	if err := sameKey(key.Public(), cert); err != nil {
 		return nil, err
@@ -119,6 +100,9 @@ func checkBrought(chain []*x509.Certificate, key crypto.Signer, roots []*x509.Ce
 		return nil, fmt.Errorf("it expired at %s", cert.NotAfter.Format(time.RFC3339))
 	case now.Before(cert.NotBefore):
 		return nil, fmt.Errorf("it is valid only from %s on, and this machine's clock says %s", cert.NotBefore.Format(time.RFC3339), now.Format(time.RFC3339))
+	}
+	if err := checkCAID(cert, td); err != nil {
+		return nil, err
 	}
 	return checkPath(chain, roots, now)
 }

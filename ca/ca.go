@@ -166,7 +166,7 @@ func (c *CA) reload(ctx context.Context) error {
 	if next.active != nil && next.active.key == nil {
 		err := c.openKey(ctx, next.active)
 		if err == nil {
-			err = c.proveAuthority(next.active, next.anchors())
+			err = proveAuthority(next.active, next.anchors(), c.td, newSerial(c.ledger.Head().Log))
 		}
 		if err != nil {
 			c.log.Error("the active issuing CA cannot sign; a new one is due", "authority", next.active.record.ID, "error", err)

@@ -7,8 +7,6 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"sync"
@@ -93,52 +91,8 @@ func (c *CA) makeIssuing(ctx context.Context, t *trust) (a *authority, ref strin
 	if err != nil {
 		return nil, "", fmt.Errorf("making its key: %w", err)
 	}
-	now := c.now().UTC().Truncate(time.Second)
-	request := CertifyRequest{
-		PublicKey: key.Public(), TrustDomain: c.td.Name(), CommonName: "Kedge issuing CA " + now.Format("2006-01-02 15:04:05"),
-		NotBefore: now.Add(-min(time.Hour, c.issuingLifetime/10)), NotAfter: now.Add(c.issuingLifetime),
-	}
-	request.CSR, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: request.CommonName}}, key)
-	if err != nil {
-		return nil, ref, fmt.Errorf("signing the request for its certificate: %w", err)
-	}
-	chain, err := c.root.Certify(ctx, request)
-	if err != nil {
-		return nil, ref, fmt.Errorf("having it certified by the root: %w", err)
-	}
-	root, err := checkIssuing(chain, t.anchors(), request, c.td)
-	if err != nil {
-		return nil, ref, err
-	}
-	if err := c.mayActivate(t.root(root)); err != nil {
-		return nil, ref, err
-	}
-	cert := chain[0]
-	record := ledger.AuthorityRecord{ID: AuthorityID(cert), TrustDomain: c.td.Name()}
-	record.Founded = ledger.Founded{Kind: "x509", Role: ledger.RoleIssuing, Key: keyID(cert), Certificate: cert.Raw, Root: AuthorityID(root),
-		KeyRef: ref, Coverage: ledger.Coverage{Kind: "complete"}}
-	for _, link := range chain {
-		record.Chain = append(record.Chain, link.Raw)
-	}
-	a, err = loadAuthority(record, certsByID(t))
-	if err != nil {
-		return nil, ref, err
-	}
-	if now.Before(cert.NotBefore) {
-		return nil, ref, fmt.Errorf("its life would begin only at %s, as its root's does, and this machine's clock says %s: set the clock",
-			cert.NotBefore.Format(time.RFC3339), now.Format(time.RFC3339))
-	}
-	if shortest := c.profiles[DefaultProfile].MinTTL(); a.notAfter.Sub(now) < shortest {
-		return nil, ref, fmt.Errorf("it would live only until %s, because its root ends then: too short for a certificate of %s. The root must be renewed",
-			a.notAfter.Format(time.RFC3339), shortest)
-	}
-	if err := a.use(key); err != nil {
-		return nil, ref, err
-	}
-	if err := c.proveAuthority(a, t.anchors()); err != nil {
-		return nil, ref, fmt.Errorf("proving it with a throwaway leaf: %w", err)
-	}
-	return a, ref, nil
+	a, err = c.candidacy(t).certify(ctx, c.root, ref, key, "Kedge issuing CA", c.issuingLifetime)
+	return a, ref, err
 }
 
 // prepare records the new authority: trusted, not signing. A crash right after leaves it so.
@@ -334,7 +288,7 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 	if changed {
 		err = errors.Join(err, c.reload(ctx))
 	}
-	given, _, rootsErr := c.givenRoots(ctx)
+	given, _, rootsErr := givenRoots(ctx, c.root, c.anchors, c.td, c.now())
 	if rootsErr != nil {
 		return err // it is noted as the root's
 	}
@@ -360,14 +314,6 @@ func (c *CA) destroyKeys(ctx context.Context) (failed error) {
 		c.log.Info("the key of a removed issuing CA is destroyed", "authority", record.ID)
 	}
 	return failed
-}
-
-func certsByID(t *trust) map[ledger.Hash]*x509.Certificate {
-	byID := map[ledger.Hash]*x509.Certificate{}
-	for _, root := range t.roots {
-		byID[root.record.ID] = root.cert
-	}
-	return byID
 }
 
 // signer returns the authority that signs now, and for how long at most. It is ErrUnavailable when there is none, when its life has not begun,

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"kedge/ca/ledger"
 )
 
@@ -23,7 +25,7 @@ func (c *CA) takeUpRoots(ctx context.Context) error {
 	if err != nil && !firstDay {
 		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
 	}
-	given, own, err := c.givenRoots(ctx)
+	given, own, err := givenRoots(ctx, c.root, c.anchors, c.td, c.now())
 	if err != nil && !firstDay {
 		return fmt.Errorf("%w: what the ledger knows of it goes on serving: %w", errRootAway, err)
 	}
@@ -41,8 +43,8 @@ func (c *CA) takeUpRoots(ctx context.Context) error {
 }
 
 // givenRoots asks what is to be trusted: the root's own anchors first, so many, and the one that issuing CAs chain to before the others.
-func (c *CA) givenRoots(ctx context.Context) (given []*x509.Certificate, own int, err error) {
-	all, err := c.root.Roots(ctx)
+func givenRoots(ctx context.Context, root Root, anchors Anchors, td spiffeid.TrustDomain, now time.Time) (given []*x509.Certificate, own int, err error) {
+	all, err := root.Roots(ctx)
 	if err != nil {
 		return nil, 0, fmt.Errorf("asking the root for its trust anchors: %w", err)
 	}
@@ -50,24 +52,24 @@ func (c *CA) givenRoots(ctx context.Context) (given []*x509.Certificate, own int
 		return nil, 0, errors.New("the root has no trust anchor")
 	}
 	named := len(all)
-	if c.anchors != nil {
-		more, err := c.anchors.Anchors(ctx)
+	if anchors != nil {
+		more, err := anchors.Anchors(ctx)
 		if err != nil {
 			return nil, 0, fmt.Errorf("asking for the trust anchors besides the root's: %w", err)
 		}
 		all = append(all[:len(all):len(all)], more...)
 	}
 	seen := map[ledger.Hash]bool{}
-	for i, root := range all {
-		id := AuthorityID(root)
+	for i, cert := range all {
+		id := AuthorityID(cert)
 		if seen[id] {
 			continue
 		}
 		seen[id] = true
-		if err := checkRoot(root, c.td, c.now()); err != nil {
-			return nil, 0, fmt.Errorf("the root certificate %q cannot be a trust anchor: %w", root.Subject, err)
+		if err := checkRoot(cert, td, now); err != nil {
+			return nil, 0, fmt.Errorf("the root certificate %q cannot be a trust anchor: %w", cert.Subject, err)
 		}
-		given = append(given, root)
+		given = append(given, cert)
 		if i < named {
 			own++
 		}

@@ -27,10 +27,6 @@ const reservedSegment = "kedge"
 // proveAuthority signs a throwaway leaf with the authority's key, exactly as a real one would be, and makes the checks on it
 // that a client makes: the chain, the rules of X509-SVID, and the lints of RFC 5280. Only an authority that passed may sign.
 // The leaf's one second of validity is the first of its whole chain, which lies in the past; its SPIFFE ID is never granted; its key is dropped.
-func (c *CA) proveAuthority(a *authority, roots []*x509.Certificate) error {
-	return proveAuthority(a, roots, c.td, newSerial(c.ledger.Head().Log))
-}
-
 func proveAuthority(a *authority, roots []*x509.Certificate, td spiffeid.TrustDomain, serial ledger.Serial) error {
 	id, err := spiffeid.FromSegments(td, reservedSegment, "throwaway")
 	if err != nil {

@@ -29,7 +29,7 @@ func newInitCommand(t *target) *cobra.Command {
 	c := &cobra.Command{
 		Use: "init --root KIND", Short: "Write a configuration for a root, and check it against the real thing", Args: arguments(),
 		Long: `Write a commented configuration for the root and the key store that are named, with the values that --set gives, and check it: what it names must be there, and a
-rehearsal of a first start must succeed. That makes a key, has it certified for ten minutes, checks what it signs, and deletes it; Vault and tokens see it.
+rehearsal of a first start must succeed. That makes a key, has it certified for some minutes, checks what it signs, and deletes it; Vault and tokens see it.
 A root of kind file is made by the first start; nothing is made here.
 
   kedge init --root file
@@ -102,20 +102,23 @@ func initKeys(root, keys string, set []string) (map[string]string, error) {
 	return given, nil
 }
 
-// rehearse checks a configuration's root and key store against the real ones, and tells what it found.
+// rehearse checks a configuration's root and key store against the real ones, and tells what it found. A root of kind file, which the first start makes, is made for the check alone.
 func rehearse(ctx context.Context, w io.Writer, c *config.Config) error {
-	if c.Root.Kind == config.RootKindFile {
-		fmt.Fprintf(w, "the root will be made in %s by the first start, or is there already\n", c.Root.File.Dir)
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, rehearsalLimit)
 	defer cancel()
 	dir, err := os.MkdirTemp("", "kedge-rehearsal-")
 	if err != nil {
 		return fmt.Errorf("making a folder for the rehearsal's key: %w", err)
 	}
-	defer os.RemoveAll(dir) // it holds nothing but a key that was deleted
-	from, err := openOrigins(c, folders{keys: dir, tokens: userTokens()}, slog.New(warningsOnly{slog.NewTextHandler(w, nil)}))
+	defer os.RemoveAll(dir) // it holds nothing but a key that was deleted, and one that nobody trusts
+	own := c.Root.Kind == config.RootKindFile
+	if own {
+		fmt.Fprintf(w, "the root will be made in %s by the first start, or is there already\n", c.Root.File.Dir)
+		copied := *c
+		c = &copied
+		c.Root.File.Dir = filepath.Join(dir, "root")
+	}
+	from, err := openOrigins(c, folders{keys: filepath.Join(dir, "keys"), tokens: userTokens()}, slog.New(warningsOnly{slog.NewTextHandler(w, nil)}))
 	if err != nil {
 		return err
 	}
@@ -124,9 +127,16 @@ func rehearse(ctx context.Context, w io.Writer, c *config.Config) error {
 	if err != nil {
 		return fmt.Errorf("trustDomain: %w", err)
 	}
-	found, err := ca.Rehearse(ctx, from.root, from.keys, td, ca.KeySpec(c.IssuingCA.KeyType))
+	profiles, err := c.SigningProfiles()
+	if err != nil {
+		return err
+	}
+	found, err := ca.Rehearse(ctx, ca.Options{TrustDomain: td, Root: from.root, Anchors: from.anchors, Keys: from.keys, Profiles: profiles,
+		IssuingKey: ca.KeySpec(c.IssuingCA.KeyType), Clock: ca.SystemClock()})
 	for _, anchor := range found.Roots {
-		fmt.Fprintf(w, "trust anchor: %s, until %s, SHA-256 %s\n", anchor.Subject, people(anchor.NotAfter), ca.AuthorityID(anchor))
+		if !own {
+			fmt.Fprintf(w, "trust anchor: %s, until %s, SHA-256 %s\n", anchor.Subject, people(anchor.NotAfter), ca.AuthorityID(anchor))
+		}
 	}
 	if err != nil {
 		return err

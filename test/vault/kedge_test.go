@@ -50,25 +50,30 @@ func TestInitSaysWhatIsWrongWithVault(t *testing.T) {
 		for name, wrong := range map[string]struct {
 			set  map[string]string
 			says []string
+			own  bool // the root is of Kedge's own making
 		}{
-			"the address":         {map[string]string{"vault.address": "https://127.0.0.1:1"}, []string{"https://127.0.0.1:1", "cannot be reached", "See that it runs"}},
-			"its CA":              {map[string]string{"vault.caFile": ""}, []string{"certificate is not trusted"}},
-			"the token":           {token, []string{"403", "token"}},
-			"the secret id":       {map[string]string{"vault.login.secretID": file("secret", "00000000-0000-0000-0000-000000000000\n")}, []string{"the login by AppRole at auth/approle/login"}},
-			"the mount of PKI":    {map[string]string{"root.vault.mount": "nowhere"}, []string{"nowhere/issuer/default"}},
-			"the issuer":          {map[string]string{"root.vault.issuer": "nobody"}, []string{"nobody"}},
-			"the mount of keys":   {map[string]string{"issuingCA.vault.mount": "nowhere"}, []string{"nowhere/keys/kedge-"}},
-			"the prefix of keys":  {map[string]string{"issuingCA.vault.prefix": "other-"}, []string{"give the policy of Kedge's token", "other-"}},
-			"the file of its CA":  {map[string]string{"vault.caFile": file("empty", "")}, []string{"vault.caFile", "no certificate in PEM"}},
-			"the secret's file":   {map[string]string{"vault.login.secretID": filepath.Join(dir, "none")}, []string{filepath.Join(dir, "none"), "no such file"}},
-			"an address in clear": {map[string]string{"vault.address": "http://vault.example:8200"}, []string{"http://"}},
+			"the address":             {set: map[string]string{"vault.address": "https://127.0.0.1:1"}, says: []string{"https://127.0.0.1:1", "cannot be reached", "See that it runs"}},
+			"its CA":                  {set: map[string]string{"vault.caFile": ""}, says: []string{"certificate is not trusted"}},
+			"the token":               {set: token, says: []string{"403", "token"}},
+			"the secret id":           {set: map[string]string{"vault.login.secretID": file("secret", "00000000-0000-0000-0000-000000000000\n")}, says: []string{"the login by AppRole at auth/approle/login"}},
+			"the mount of PKI":        {set: map[string]string{"root.vault.mount": "nowhere"}, says: []string{"nowhere/issuer/default"}},
+			"the issuer":              {set: map[string]string{"root.vault.issuer": "nobody"}, says: []string{"nobody"}},
+			"the mount of keys":       {set: map[string]string{"issuingCA.vault.mount": "nowhere"}, says: []string{"nowhere/keys/kedge-"}},
+			"the mount of keys alone": {set: map[string]string{"issuingCA.vault.mount": "nowhere"}, says: []string{"nowhere/keys/kedge-"}, own: true},
+			"the prefix of keys":      {set: map[string]string{"issuingCA.vault.prefix": "other-"}, says: []string{"give the policy of Kedge's token", "other-"}},
+			"the file of its CA":      {set: map[string]string{"vault.caFile": file("empty", "")}, says: []string{"vault.caFile", "no certificate in PEM"}},
+			"the secret's file":       {set: map[string]string{"vault.login.secretID": filepath.Join(dir, "none")}, says: []string{filepath.Join(dir, "none"), "no such file"}},
+			"an address in clear":     {set: map[string]string{"vault.address": "http://vault.example:8200"}, says: []string{"http://"}},
 		} {
 			t.Run(name, func(t *testing.T) {
-				set := map[string]string{"root.vault.mount": pki, "issuingCA.vault.mount": transit}
+				root, set := "vault", map[string]string{"root.vault.mount": pki, "issuingCA.vault.mount": transit}
+				if wrong.own {
+					root, set = "file", map[string]string{"issuingCA.vault.mount": transit}
+				}
 				for key, value := range wrong.set {
 					set[key] = value
 				}
-				said, err := f.initialise(t, dir, "wrong.yaml", set, "--root", "vault", "--keys", "vault")
+				said, err := f.initialise(t, dir, "wrong.yaml", set, "--root", root, "--keys", "vault")
 				if err == nil {
 					t.Fatalf("it is taken for good:\n%s", said)
 				}
