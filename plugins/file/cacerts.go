@@ -37,9 +37,16 @@ type CACerts struct {
 	now        func() time.Time
 	watch      *watch
 
-	mu  sync.RWMutex
-	set *caSet            // that counts; nil: there was no good one yet
-	sum [sha256.Size]byte // of its files
+	mu     sync.RWMutex
+	counts *verdict // the set that counts; nil: there was no good one yet
+	latest *verdict // on the files as they were last
+}
+
+// verdict is what was found in files of a certain content. It stands for as long as they do not change: a key that is encrypted costs 600,000 rounds each time that it is opened.
+type verdict struct {
+	sum [sha256.Size]byte
+	set *caSet
+	err error
 }
 
 var (
@@ -56,7 +63,7 @@ func OpenCACerts(o CACertsOptions) (*CACerts, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the trust domain %q of the CA in %s: %w", o.TrustDomain, o.Dir, err)
 	}
-	c := &CACerts{dir: o.Dir, passphrase: passphrase{o.PassphraseFile}, td: td, now: o.Now}
+	c := &CACerts{dir: o.Dir, passphrase: passphrase{path: o.PassphraseFile}, td: td, now: o.Now}
 	if c.now == nil {
 		c.now = time.Now
 	}
@@ -73,41 +80,59 @@ func (c *CACerts) look() (changed bool, err error) {
 	if err != nil {
 		return false, c.refused(err)
 	}
-	c.mu.RLock()
-	same := c.set != nil && c.sum == files.sum()
-	c.mu.RUnlock()
-	if same {
+	v, counts := c.judge(files)
+	if counts {
 		return false, nil
 	}
-	set, err := parseCASet(c.dir, files, c.passphrase, c.td)
-	if err == nil {
-		err = set.usable(c.now())
+	if err = v.err; err == nil {
+		err = v.set.usable(c.now())
 	}
 	if err != nil {
 		return false, c.refused(err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.set, c.sum = set, files.sum()
+	c.counts = v
 	return true, nil
+}
+
+// judge says what is in the files, and whether that is what counts already. It looks into them only when they have changed.
+func (c *CACerts) judge(files contents) (v *verdict, counts bool) {
+	sum := files.sum()
+	c.mu.RLock()
+	latest, taken := c.latest, c.counts
+	c.mu.RUnlock()
+	switch {
+	case taken != nil && taken.sum == sum:
+		v = taken
+	case latest != nil && latest.sum == sum:
+		v = latest
+	default:
+		v = &verdict{sum: sum}
+		v.set, v.err = parseCASet(c.dir, files, c.passphrase, c.td)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.latest = v
+	return v, v == taken
 }
 
 // refused says which set goes on.
 func (c *CACerts) refused(err error) error {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	if c.set == nil {
+	if c.counts == nil {
 		return fmt.Errorf("the CA in %s cannot be used: %w", c.dir, err)
 	}
-	return fmt.Errorf("the CA in %s is refused as a whole, and the one before (%q, SHA-256 %x) goes on: %w", c.dir, c.set.cert.Subject, sha256.Sum256(c.set.cert.Raw), err)
+	return fmt.Errorf("the CA in %s is refused as a whole, and the one before (%q, SHA-256 %x) goes on: %w", c.dir, c.counts.set.cert.Subject, sha256.Sum256(c.counts.set.cert.Raw), err)
 }
 
 // current is the set that counts, or why there is none.
 func (c *CACerts) current() (*caSet, error) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	if c.set != nil {
-		return c.set, nil
+	if c.counts != nil {
+		return c.counts.set, nil
 	}
 	if err := c.watch.current(); err != nil {
 		return nil, err

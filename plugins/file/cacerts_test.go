@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -391,6 +392,66 @@ func TestARefusedSetIsLoggedOnceAndSoIsThatItIsGood(t *testing.T) {
 	text := log.String()
 	if strings.Count(text, "ca-key.pem is missing") != 1 || strings.Count(text, "files are good again") != 1 || strings.Contains(text, "PRIVATE KEY") {
 		t.Errorf("the log says:\n%s", text)
+	}
+}
+
+// TestARefusedSetIsLookedIntoOnce: opening an encrypted key takes long, and the files are looked at every three seconds. What the time of day decides is judged anew each time, and so is
+// everything once a file, or the passphrase, has changed.
+func TestARefusedSetIsLookedIntoOnce(t *testing.T) {
+	root := newSomeCA(t, "Root", nil, nil)
+	young := newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) })
+	v, phrase := &volume{dir: t.TempDir()}, writePassphrase(t, "wrong")
+	good := change(cacerts(t, root, young), "ca-key.pem", sealedPEM(t, young.key))
+	v.put(t, good)
+	var later atomic.Int64 // hours
+	c := openCACerts(t, v.dir, func(o *CACertsOptions) {
+		o.PassphraseFile, o.PollInterval = phrase, time.Hour
+		o.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load()) * time.Hour) }
+	})
+	looks := func(says string) (verdicts int) {
+		t.Helper()
+		seen := map[*verdict]bool{}
+		for range 5 {
+			c.watch.again()
+			seen[c.latest] = true
+			if err := c.watch.current(); says == "" && err != nil || says != "" && (err == nil || !strings.Contains(err.Error(), says)) {
+				t.Errorf("it says %v, want %q", err, says)
+			}
+		}
+		return len(seen)
+	}
+	before := c.latest
+	if n := looks("the passphrase is wrong"); n != 1 || c.latest != before {
+		t.Errorf("a set with a wrong passphrase was looked into %d times", n)
+	}
+	if err := os.WriteFile(phrase, []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if n := looks("is valid only from"); n != 1 || c.latest == before {
+		t.Errorf("a set that is not valid yet, with another passphrase than before, was looked into %d times", n)
+	}
+	before = c.latest
+	later.Store(2)
+	if n := looks(""); n != 1 || c.latest != before {
+		t.Errorf("when its time has come it was looked into %d times", n)
+	}
+	if _, err := c.Roots(t.Context()); err != nil {
+		t.Error(err)
+	}
+	// A bad set that comes and goes leaves the one that counts as it was.
+	v.put(t, change(cacerts(t, root, young), "ca-key.pem", ""))
+	looks("ca-key.pem is missing")
+	before = c.counts
+	v.put(t, good)
+	if n := looks(""); n != 1 || c.latest != before {
+		t.Errorf("what counts already was looked into %d times", n)
+	}
+	// A passphrase that cannot be read is no verdict on the set.
+	if err := os.Chmod(phrase, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if n := looks("the passphrase file"); n != 1 || c.latest != before {
+		t.Errorf("without a passphrase it was looked into %d times", n)
 	}
 }
 

@@ -33,7 +33,7 @@ type caSet struct {
 	crlBad error // why the CRLs are of no use
 }
 
-// parseCASet makes a set of files, or says which file is wrong, and why.
+// parseCASet makes a set of files, or says which file is wrong, and why. The files alone decide about that, and no moment.
 func parseCASet(dir string, files contents, p passphrase, td spiffeid.TrustDomain) (*caSet, error) {
 	s := &caSet{layout: istioLayout}
 	if _, there := files[tlsLayout.cert]; there {
@@ -93,6 +93,7 @@ func (s *caSet) takeKey(dir string, files contents, p passphrase) (err error) {
 	if !there {
 		return fmt.Errorf("the set is incomplete: %s is missing: put the private key of %s there", s.layout.key, s.layout.cert)
 	}
+	p.text = files[passphraseEntry]
 	if s.key, err = decodeAnyKey(filepath.Join(dir, s.layout.key), text, p); err != nil {
 		return fmt.Errorf("%s: %w", s.layout.key, err)
 	}

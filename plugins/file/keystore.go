@@ -33,7 +33,7 @@ var _ ca.PortableKeyStore = (*KeyStore)(nil)
 
 // OpenKeyStore opens the key store, and makes sure that it can be used: the folder, and the passphrase file when one is named.
 func OpenKeyStore(o KeyStoreOptions) (*KeyStore, error) {
-	s := &KeyStore{dir: o.Dir, passphrase: passphrase{o.PassphraseFile}}
+	s := &KeyStore{dir: o.Dir, passphrase: passphrase{path: o.PassphraseFile}}
 	if o.Dir == "" {
 		return nil, errors.New("the key store has no folder: name one")
 	}

@@ -156,7 +156,7 @@ func TestThePassphraseFileIsCheckedAtOnce(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				phrase, err := passphrase{path}.read()
+				phrase, err := passphrase{path: path}.read()
 				if err != nil || string(phrase) != "open sesame" {
 					t.Errorf("%q, %v", phrase, err)
 				}

@@ -69,7 +69,8 @@ func (m mounted) readOnce() (contents, error) {
 	if m.passphrase.path != "" {
 		phrase, err := m.passphrase.read()
 		if err != nil {
-			phrase = []byte(err.Error()) // whether it is needed is seen later
+			files.wipe()
+			return nil, err
 		}
 		files[passphraseEntry] = phrase
 	}

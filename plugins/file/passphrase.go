@@ -9,11 +9,12 @@ import (
 // memory only for moments and may be changed without a restart.
 type passphrase struct {
 	path string // "": keys are not encrypted
+	text []byte // what is in the file, where it was read together with what it opens
 }
 
 // CheckPassphraseFile says whether OpenRoot and OpenKeyStore can have a passphrase from the file.
 func CheckPassphraseFile(path string) error {
-	phrase, err := passphrase{path}.read()
+	phrase, err := passphrase{path: path}.read()
 	clear(phrase)
 	return err
 }
@@ -21,6 +22,9 @@ func CheckPassphraseFile(path string) error {
 // read returns the passphrase; the caller wipes it. The file holds one line, whose end is not part of the passphrase
 // (as for openssl's -passin file:). The group may read it, because Kubernetes gives a mounted secret to the pod's fsGroup so.
 func (p passphrase) read() ([]byte, error) {
+	if p.text != nil {
+		return bytes.Clone(p.text), nil
+	}
 	text, err := read(p.path, 0o037, mountedMode(p.path))
 	if err != nil {
 		return nil, fmt.Errorf("the passphrase file: %w", err)

@@ -83,7 +83,7 @@ func TestWhatOpenSSLWroteIsRead(t *testing.T) {
 			t.Run(kind+" "+name, func(t *testing.T) {
 				path := filepath.Join(t.TempDir(), "key.pem")
 				openssl(t, append([]string{"pkcs8", "-topk8", "-in", plain, "-out", path, "-passout", "file:" + phrase}, options...)...)
-				p := passphrase{phrase}
+				p := passphrase{path: phrase}
 				if name == "clear" {
 					p = passphrase{}
 				}
@@ -118,7 +118,7 @@ func TestWhatIsNotReadIsSaid(t *testing.T) {
 		"a certificate":      {[]string{"req", "-x509", "-key", plain, "-subj", "/CN=x"}, "CERTIFICATE"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := decodeKey("key.pem", openssl(t, c.command...), passphrase{phrase})
+			_, err := decodeKey("key.pem", openssl(t, c.command...), passphrase{path: phrase})
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("the error does not say %q: %v", c.want, err)
 			}
@@ -218,7 +218,7 @@ func TestAWrongPassphraseIsSaidHoweverThePaddingLooks(t *testing.T) {
 		"a good padding": {goodPadding, "right", errPassphrase},
 	} {
 		text := pem.EncodeToMemory(&pem.Block{Type: sealedType, Bytes: c.der})
-		if _, err := decodeKey("key.pem", text, passphrase{writePassphrase(t, c.phrase)}); !errors.Is(err, c.want) {
+		if _, err := decodeKey("key.pem", text, passphrase{path: writePassphrase(t, c.phrase)}); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

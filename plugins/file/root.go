@@ -66,7 +66,7 @@ var _ ca.PortableRoot = (*Root)(nil)
 
 // OpenRoot reads the root from its folder, or makes one when there never was any. It returns only once all of it is on disk.
 func OpenRoot(o RootOptions) (*Root, error) {
-	r := &Root{dir: o.Dir, passphrase: passphrase{o.PassphraseFile}, now: o.Now}
+	r := &Root{dir: o.Dir, passphrase: passphrase{path: o.PassphraseFile}, now: o.Now}
 	if r.now == nil {
 		r.now = time.Now
 	}
