@@ -96,7 +96,7 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 		ctx = limited
 	}
 	c.Note("guarded clock", c.guarded.Save())
-	if err := c.takeUpRoots(ctx); errors.Is(err, errRootAway) {
+	if _, err := c.takeUpRoots(ctx); errors.Is(err, errRootAway) {
 		c.Note("root", err)
 	} else if err != nil {
 		return nil, err

@@ -185,7 +185,8 @@ func (c *CA) Run(ctx context.Context) error {
 func (c *CA) followNow(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
-	c.Note("root", c.takeUpRoots(ctx))
+	_, err := c.takeUpRoots(ctx)
+	c.Note("root", err)
 }
 
 // keepHouse does the chores at once, since a CA that is often restarted would else never come to them, and then at each tick. It does so beside the
@@ -226,8 +227,12 @@ func (c *CA) renew(ctx context.Context) error {
 func (c *CA) chores(ctx context.Context) {
 	limited, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
-	c.Note("root", c.takeUpRoots(limited))
+	given, err := c.takeUpRoots(limited)
+	c.Note("root", err)
 	c.Note("removal of retired issuing CAs", c.removeRetired(limited))
+	if err == nil {
+		c.Note("removal of trust anchors", c.removeRoots(limited, given))
+	}
 	c.Note("keys of removed issuing CAs", c.destroyKeys(limited))
 	report, err := c.ledger.Prune(ctx, c.guarded.Now())
 	c.Note("pruning the ledger", err)
@@ -288,11 +293,7 @@ func (c *CA) removeRetired(ctx context.Context) (err error) {
 	if changed {
 		err = errors.Join(err, c.reload(ctx))
 	}
-	given, _, rootsErr := givenRoots(ctx, c.root, c.anchors, c.td, c.now())
-	if rootsErr != nil {
-		return err // it is noted as the root's
-	}
-	return errors.Join(err, c.removeRoots(ctx, given))
+	return err
 }
 
 // destroyKeys deletes the keys of removed issuing CAs. Since deleting what is gone is no error, each is deleted once in a run of

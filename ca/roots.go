@@ -18,28 +18,28 @@ import (
 var errRootAway = errors.New("the root does not answer")
 
 // takeUpRoots lets the ledger follow what the root and the anchors say is to be trusted. On the first day that begins the ledger; later a new root
-// enters the bundle, and one that nobody stands for any more is retired: it stays in the bundle until nothing is left under it, see removeRoots.
-func (c *CA) takeUpRoots(ctx context.Context) error {
-	_, err := c.ledger.CurrentBundle()
+// enters the bundle, and one that nobody stands for any more is retired: it stays in the bundle until nothing is left under it, see removeRoots. given is what they say.
+func (c *CA) takeUpRoots(ctx context.Context) (given []*x509.Certificate, err error) {
+	_, err = c.ledger.CurrentBundle()
 	firstDay := errors.Is(err, ledger.ErrNotFound)
 	if err != nil && !firstDay {
-		return fmt.Errorf("reading the trust bundle from the ledger: %w", err)
+		return nil, fmt.Errorf("reading the trust bundle from the ledger: %w", err)
 	}
 	given, own, err := givenRoots(ctx, c.root, c.anchors, c.td, c.now())
 	if err != nil && !firstDay {
-		return fmt.Errorf("%w: what the ledger knows of it goes on serving: %w", errRootAway, err)
+		return nil, fmt.Errorf("%w: what the ledger knows of it goes on serving: %w", errRootAway, err)
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if firstDay {
-		return c.recordRoots(ctx, given, own)
+		return given, c.recordRoots(ctx, given, own)
 	}
 	if err := c.lock(ctx); err != nil {
-		return err
+		return nil, err
 	}
 	defer c.unlock()
-	return c.followRoots(ctx, given)
+	return given, c.followRoots(ctx, given)
 }
 
 // givenRoots asks what is to be trusted: the root's own anchors first, so many, and the one that issuing CAs chain to before the others.
@@ -186,8 +186,12 @@ func (c *CA) signsUnder(root ledger.Hash) bool {
 }
 
 // removeRoots lets go of roots that nobody stands for any more, and under which no issuing CA is left. What others issued under it, and the ledger does not
-// know, has expired by then as well. The clock is the guarded one (I8). c is locked.
+// know, has expired by then as well. The clock is the guarded one (I8).
 func (c *CA) removeRoots(ctx context.Context, given []*x509.Certificate) error {
+	if err := c.lock(ctx); err != nil {
+		return err
+	}
+	defer c.unlock()
 	t, now := c.trust.Load(), c.guarded.Now()
 	stands, busy := map[ledger.Hash]bool{}, map[ledger.Hash]bool{}
 	for _, root := range given {

@@ -58,6 +58,7 @@ type movingRoot struct {
 	key     crypto.Signer
 	err     error
 	changed chan struct{}
+	asked   int // for its anchors
 }
 
 func (r *movingRoot) set(change func()) {
@@ -69,6 +70,7 @@ func (r *movingRoot) set(change func()) {
 func (r *movingRoot) Roots(context.Context) (all []*x509.Certificate, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.asked++
 	for _, anchor := range r.anchors {
 		all = append(all, anchor.cert)
 	}
@@ -507,5 +509,18 @@ func TestAnAnchorThatIsGivenUpStaysUntilWhatOthersSignedUnderItHasEnded(t *testi
 	f.chores(t)
 	if roots := f.ca.Bundle().Roots; len(roots) != 1 || !roots[0].Equal(anchor.cert) || root.anchors[0] != anchor {
 		t.Errorf("after the window the bundle has %d roots", len(roots))
+	}
+}
+
+// A root may be a server that is far away.
+func TestEachTickAsksTheRootOnce(t *testing.T) {
+	f, root, _ := newMoving(t)
+	f.mustOpen(t)
+	root.set(func() { root.asked = 0 })
+	for range 3 {
+		f.ca.Housekeep(t.Context())
+	}
+	if root.asked != 3 {
+		t.Errorf("three ticks asked it %d times", root.asked)
 	}
 }
