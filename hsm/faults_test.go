@@ -180,21 +180,36 @@ func TestATPMThatDiesOrStandsStillIsWaitedForAndUsedAgain(t *testing.T) {
 }
 
 func TestATokenWhoseFilesGoAwayAndComeBackIsUsedAgain(t *testing.T) {
-	p := hsmparts.SoftHSM(t)
-	token := open(t, p, nil)
-	signer, _ := generate(t, token, hsm.P256, "kedge")
-	dir := filepath.Join(p.Dir, "tokens")
-	if err := os.Rename(dir, dir+".away"); err != nil {
-		t.Fatal(err)
+	for what, ask := range map[string]func(*hsm.Token, *hsm.Signer) error{
+		"a signature": func(_ *hsm.Token, s *hsm.Signer) error { return sign(s) },
+		"a search": func(token *hsm.Token, s *hsm.Signer) error {
+			_, _, err := token.Find(t.Context(), s.Public())
+			return err
+		},
+		"a list":     func(token *hsm.Token, _ *hsm.Signer) error { _, err := token.Keys(t.Context()); return err },
+		"a deletion": func(token *hsm.Token, _ *hsm.Signer) error { return token.Delete(t.Context(), []byte("another")) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			p := hsmparts.SoftHSM(t)
+			token := open(t, p, nil)
+			signer, _ := generate(t, token, hsm.P256, "kedge")
+			dir := filepath.Join(p.Dir, "tokens")
+			if err := os.Rename(dir, dir+".away"); err != nil {
+				t.Fatal(err)
+			}
+			if err := ask(token, signer); !errors.Is(err, hsm.ErrUnavailable) {
+				t.Errorf("while they are away: %v", err)
+			}
+			if token.Problem() == nil {
+				t.Error("there is no problem")
+			}
+			if err := os.Rename(dir+".away", dir); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, func() error { return ask(token, signer) })
+			signs(t, signer)
+		})
 	}
-	digest := sha256.Sum256(nil)
-	if _, err := signer.Sign(nil, digest[:], crypto.SHA256); !errors.Is(err, hsm.ErrUnavailable) {
-		t.Errorf("while they are away: %v", err)
-	}
-	if err := os.Rename(dir+".away", dir); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, func() error { return sign(signer) })
 }
 
 func TestAWrongPINIsTriedOnceAndNotAgainUntilItsFileChanges(t *testing.T) {

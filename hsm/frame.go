@@ -24,7 +24,7 @@ type kind byte
 const (
 	kindHello    kind = iota + 1 // payload: the protocol; answered by the child's
 	kindStart                    // startRequest → startReply
-	kindPing                     // → nothing: sessions are alive and logged in
+	kindPing                     // → nothing: the session is logged in, and its token there
 	kindSign                     // signRequest and the digest → the raw signature
 	kindFind                     // findRequest → findReply
 	kindList                     // listRequest → listReply

@@ -191,7 +191,11 @@ func pinOf(r startRequest) ([]byte, sourceIdentity, error) {
 	return pin, source, err
 }
 
+// ping makes sure that the session is logged in and its token there: SoftHSM's sessions outlive their token.
 func (m *module) ping(session pkcs11.SessionHandle) error {
+	if _, err := m.ctx.GetTokenInfo(m.slot); err != nil {
+		return failed("C_GetTokenInfo", err)
+	}
 	info, err := m.ctx.GetSessionInfo(session)
 	if err != nil {
 		return failed("C_GetSessionInfo", err)

@@ -76,7 +76,7 @@ func (m *module) privateKeys(session pkcs11.SessionHandle, label string, id []by
 	if err != nil {
 		return nil, err
 	}
-	if len(handles) == 0 && m.loggedIn { // to a session whose login was lost tokens answer that there is none
+	if len(handles) == 0 && m.loggedIn { // tokens answer so, too, when the login was lost or they are away
 		return nil, m.ping(session)
 	}
 	for _, handle := range handles {

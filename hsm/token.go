@@ -308,6 +308,9 @@ func (t *Token) launch(number uint64) (*generation, error) {
 			t.log.Error("the token may be tried with a wrong PIN again", "error", latchErr)
 		}
 	}
+	if said2 != nil && said2.reason == reasonModule {
+		err = fmt.Errorf("%w: see that the token is there and that its module reaches it; it is tried again by itself", err)
+	}
 	g.end()
 	if t.stopping.Err() != nil {
 		err = ErrClosed
