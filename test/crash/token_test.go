@@ -1,0 +1,217 @@
+package crash
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/hsm"
+	"kedge/test/hsmparts"
+	"kedge/test/process"
+)
+
+// module is the process that the PKCS#11 module of a CA lives in.
+func module(t *testing.T, k *process.Kedge) int {
+	t.Helper()
+	var pid int
+	process.Eventually(t, "the process that the module lives in", func() error {
+		stats, err := filepath.Glob("/proc/[0-9]*/stat")
+		if err != nil {
+			return err
+		}
+		for _, stat := range stats {
+			if state, parent := stateOf(stat); state != "Z" && parent == k.PID() {
+				pid, err = strconv.Atoi(filepath.Base(filepath.Dir(stat)))
+				return err
+			}
+		}
+		return errors.New("the CA has no child")
+	})
+	return pid
+}
+
+// stateOf reads the state and the parent of a process (proc_pid_stat(5)); "": it is gone.
+func stateOf(stat string) (state string, parent int) {
+	text, err := os.ReadFile(stat)
+	if err != nil {
+		return "", 0
+	}
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	parent, err = strconv.Atoi(fields[1])
+	if err != nil {
+		return "", 0
+	}
+	return fields[0], parent
+}
+
+// softToken makes a token of SoftHSM. What its files are in goes away and comes back.
+func softToken(t *testing.T) (p *hsmparts.Part, away, back func()) {
+	t.Helper()
+	p = hsmparts.SoftHSM(t)
+	dir := filepath.Join(p.Dir, "tokens")
+	move := func(from, to string) func() {
+		return func() {
+			t.Helper()
+			if err := os.Rename(from, to); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return p, move(dir, dir+".away"), move(dir+".away", dir)
+}
+
+// tokenRoot makes a root on the token in a ceremony, and returns the file of its certificate.
+func tokenRoot(t *testing.T, dir string, uri hsm.URI) string {
+	t.Helper()
+	uri.Object = "root"
+	plan := filepath.Join(dir, "plan.yaml")
+	process.Write(t, plan, fmt.Sprintf(`
+make: root
+purpose: a test
+operators: [test]
+key: {uri: %q, create: P-256}
+subject: {commonName: Token Root}
+trustDomain: cluster.local
+serial: "4b656467654b656467654b656467654b"
+notBefore: %s
+notAfter: %s
+out: {file: root.pem, record: root-ceremony.json}
+`, uri, time.Now().Add(-time.Hour).UTC().Format(time.RFC3339), time.Now().AddDate(1, 0, 0).UTC().Format(time.RFC3339)))
+	if out, err := exec.Command(process.Binary(), "ceremony", plan).CombinedOutput(); err != nil {
+		t.Fatalf("the ceremony: %v\n%s", err, out)
+	}
+	return filepath.Join(dir, "root.pem")
+}
+
+// says waits until /readyz has that code and names the problem, or none when that is "". The metric and the doctor agree.
+func says(t *testing.T, k *process.Kedge, code int, problem string) {
+	t.Helper()
+	process.Eventually(t, "/readyz to say so", func() error {
+		got, body := k.Get(t, "/readyz")
+		if got != code || problem == "" && body != "ready\n" || !strings.Contains(body, problem) {
+			return fmt.Errorf("%d %s", got, body)
+		}
+		return nil
+	})
+	if n := k.Metrics(t)["kedge_problems"]; (n == 0) != (problem == "") {
+		t.Errorf("kedge_problems is %v", n)
+	}
+	if r := k.Run(t, "doctor"); (r.Code == 0) != (problem == "") || !strings.Contains(r.Stdout, problem) {
+		t.Errorf("doctor: %d %s", r.Code, r.Stdout)
+	}
+}
+
+// TestAnIssuingKeyOnATokenOutlivesItsModuleAndItsToken: the token signs every certificate. While clients are at work its module's process is killed, then it stands still: nobody is refused. Then
+// the token is away: callers are told to try again, everything says what is wrong, and all goes on by itself when it is back. Last the CA is killed, and its module's process does not stay behind.
+func TestAnIssuingKeyOnATokenOutlivesItsModuleAndItsToken(t *testing.T) {
+	p, away, back := softToken(t)
+	cluster := process.NewCluster(t)
+	k := newCA(t, cluster, fmt.Sprintf("issuingCA: {keyStore: pkcs11, pkcs11: {uri: %q}}\npkcs11: {sessions: 4, timeout: 1s}\n", p.URI))
+	k.Start(t)
+	l := newLoad(t, cluster)
+	stop := l.start(t, k)
+	defer stop()
+	for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP} {
+		l.await(t, workers)
+		before := module(t, k)
+		if err := syscall.Kill(before, signal); err != nil {
+			t.Fatal(err)
+		}
+		process.Eventually(t, "another process of the module", func() error {
+			if module(t, k) == before {
+				return fmt.Errorf("after %s it is the same one", signal)
+			}
+			return nil
+		})
+		l.await(t, 2*workers)
+	}
+	if n := l.refused.Load(); n > 0 {
+		t.Errorf("%d calls were refused, though the token was there", n)
+	}
+
+	away()
+	process.Eventually(t, "a refusal", func() error {
+		if l.refused.Load() == 0 {
+			return errors.New("nobody was refused")
+		}
+		return nil
+	})
+	says(t, k, http.StatusServiceUnavailable, `key store: the token "tok" cannot be used since `)
+	if !strings.Contains(k.Log(), `"level":"ERROR","msg":"the token cannot be used","token":"tok"`) {
+		t.Error("the log does not say that the token cannot be used")
+	}
+	back()
+	says(t, k, http.StatusOK, "")
+	if !strings.Contains(k.Log(), `"msg":"the token works again","token":"tok"`) {
+		t.Error("the log does not say that the token works again")
+	}
+	l.await(t, workers)
+	stop()
+	l.check(t, k)
+
+	child := module(t, k)
+	if err := syscall.Kill(k.PID(), syscall.SIGKILL); err != nil { // it alone
+		t.Fatal(err)
+	}
+	k.Wait(t)
+	process.Eventually(t, "the end of the module's process", func() error {
+		if state, _ := stateOf(fmt.Sprintf("/proc/%d/stat", child)); !slices.Contains([]string{"", "Z"}, state) {
+			return fmt.Errorf("it is in the state %s", state)
+		}
+		return nil
+	})
+	k.Start(t)
+	l.ask(t.Context(), k.Dial(t, nil), l.keys[0], l.tokens[0])
+	l.check(t, k)
+	if out := k.Must(t, "authority", "list"); strings.Count(out, " issuing ") != 1 {
+		t.Errorf("the key on the token was not found again: authority list:\n%s", out)
+	}
+}
+
+// TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly: the issuing CA is in memory. What is issued goes on, the renewal that fails is told, and it is made when the token is back.
+func TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly(t *testing.T) {
+	p, away, back := softToken(t)
+	cluster := process.NewCluster(t)
+	k := process.New(t, "")
+	process.Write(t, k.Config, strings.Replace(shortLives, "issuingCA: {", "issuingCA: {keyStore: memory, ", 1)+cluster.Configuration(t, k.Dir)+
+		fmt.Sprintf("root: {kind: pkcs11, pkcs11: {uri: %q, certificateFile: %q}}\n", p.URI, tokenRoot(t, k.Dir, p.URI)))
+	k.Start(t)
+	l := newLoad(t, cluster)
+	caller := k.Dial(t, nil)
+	under := func() string {
+		t.Helper()
+		issued, err := caller.Issue(t.Context(), l.keys[0].CSR, l.tokens[0], 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.leaves = append(l.leaves, issued.Leaf)
+		return issued.Chain[0].SerialNumber.String()
+	}
+	first := under()
+	away()
+	says(t, k, http.StatusOK, `root: the token "tok" cannot be used since `)
+	if log := k.Log(); !strings.Contains(log, `"about":"issuing CA","error":"making a new issuing CA: having it certified by the root`) {
+		t.Error("the log does not say that the renewal failed")
+	}
+	if under() != first {
+		t.Error("another issuing CA signs, though the root's token is away")
+	}
+	back()
+	process.Eventually(t, "the renewal", func() error {
+		if under() == first {
+			return errors.New("the first issuing CA still signs")
+		}
+		return nil
+	})
+	says(t, k, http.StatusOK, "")
+	l.check(t, k)
+}
