@@ -75,7 +75,8 @@ func findFaults(c *config.Config) (faults []fault) {
 	look("root.file.passphraseFile", c.Root.File.PassphraseFile, regular(file.CheckPassphraseFile), "")
 	look("root.cacerts.passphraseFile", c.Root.CACerts.PassphraseFile, regular(file.CheckPassphraseFile), "")
 	look("root.anchorsFile", c.Root.AnchorsFile, regular(func(path string) error { _, err := readCertificates(path); return err }), "")
-	look("root.pkcs11.certificateFile", c.Root.PKCS11.CertificateFile, regular(func(path string) error { _, err := readCertificates(path); return err }), "")
+	look("root.pkcs11.certificateFile", c.Root.PKCS11.CertificateFile, regular(func(path string) error { _, err := readCertificates(path); return err }),
+		"the root is what the ledger knows of it, and certifies nothing")
 	look("vault.caFile", c.Vault.CAFile, regular(func(path string) error { _, err := readRoots(path); return err }), "")
 	look("issuingCA.passphraseFile", c.IssuingCA.PassphraseFile, regular(file.CheckPassphraseFile), "")
 	look("tracing.caFile", c.Tracing.CAFile, regular(func(path string) error { _, err := readRoots(path); return err }), "")

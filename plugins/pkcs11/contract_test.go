@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -130,7 +131,7 @@ func TestTheRootKeepsItsPromisesOnEveryToken(t *testing.T) {
 func TestAnIntermediateOnATokenIsPartOfEveryChain(t *testing.T) {
 	p := hsmparts.SoftHSM(t)
 	token := openToken(t, p)
-	upper := newRoot(t, token, hsm.P384, "upper")
+	upper := newRoot(t, token, hsm.P384, "upper").chain
 	signer, _, err := token.Generate(t.Context(), hsm.P256, "lower", []byte("lower"))
 	if err != nil {
 		t.Fatal(err)
@@ -163,9 +164,44 @@ func TestAnIntermediateOnATokenIsPartOfEveryChain(t *testing.T) {
 		t.Errorf("the chain has %d, %v", len(chain), err)
 	}
 	for want, certs := range map[string][]*x509.Certificate{"is not self-signed": {lower}, "did not sign it": {upper.cert, lower, upper.cert}} {
-		if _, err := OpenRoot(RootOptions{Token: token, TrustDomain: contracttest.TrustDomain, CertificateFile: writePEM(t, certs...)}); err == nil || !strings.Contains(err.Error(), want) {
+		r, err := OpenRoot(RootOptions{Token: token, TrustDomain: contracttest.TrustDomain, CertificateFile: writePEM(t, certs...)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Roots(t.Context()); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("want %q: %v", want, err)
 		}
+	}
+}
+
+func TestACertificateThatComesLateIsTakenUp(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	token := openToken(t, p)
+	good := newRoot(t, token, hsm.P256, "root").o.CertificateFile
+	late := filepath.Join(t.TempDir(), "mounted", "root.pem")
+	r, err := OpenRoot(RootOptions{Token: token, TrustDomain: contracttest.TrustDomain, CertificateFile: late})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := r.Roots(t.Context()); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), late) {
+			t.Errorf("before the file is there: %v", err)
+		}
+	}
+	if err := r.Problem(); err == nil || !strings.Contains(err.Error(), late) {
+		t.Errorf("the problem is %v", err)
+	}
+	if len(r.Changed()) > 0 {
+		t.Error("something changed before the file was there")
+	}
+	if err := os.Symlink(filepath.Dir(good), filepath.Dir(late)); err != nil {
+		t.Fatal(err)
+	}
+	if roots, err := r.Roots(t.Context()); err != nil || len(roots) != 1 {
+		t.Errorf("once the file is there: %d roots, %v", len(roots), err)
+	}
+	if len(r.Changed()) != 1 || r.Problem() != nil {
+		t.Errorf("once the file is there %d changes are told, and the problem is %v", len(r.Changed()), r.Problem())
 	}
 }
 

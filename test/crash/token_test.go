@@ -69,8 +69,8 @@ func softToken(t *testing.T) (p *hsmparts.Part, away, back func()) {
 	return p, move(dir, dir+".away"), move(dir+".away", dir)
 }
 
-// tokenRoot makes a root on the token in a ceremony, and returns the file of its certificate.
-func tokenRoot(t *testing.T, dir string, uri hsm.URI) string {
+// tokenRoot makes a root on the token in a ceremony, and returns what configures it and the file of its certificate.
+func tokenRoot(t *testing.T, dir string, uri hsm.URI) (configuration, file string) {
 	t.Helper()
 	uri.Object = "root"
 	plan := filepath.Join(dir, "plan.yaml")
@@ -89,7 +89,8 @@ out: {file: root.pem, record: root-ceremony.json}
 	if out, err := exec.Command(process.Binary(), "ceremony", plan).CombinedOutput(); err != nil {
 		t.Fatalf("the ceremony: %v\n%s", err, out)
 	}
-	return filepath.Join(dir, "root.pem")
+	file = filepath.Join(dir, "root.pem")
+	return fmt.Sprintf("root: {kind: pkcs11, pkcs11: {uri: %q, certificateFile: %q}}\n", uri, file), file
 }
 
 // says waits until /readyz has that code and names the problem, or none when that is "". The metric and the doctor agree.
@@ -177,41 +178,86 @@ func TestAnIssuingKeyOnATokenOutlivesItsModuleAndItsToken(t *testing.T) {
 	}
 }
 
+// signer tells which issuing CA signs now, and keeps the leaf that it signed for that.
+func (l *load) signer(t *testing.T, k *process.Kedge) string {
+	t.Helper()
+	issued, err := k.Dial(t, nil).Issue(t.Context(), l.keys[0].CSR, l.tokens[0], 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.leaves = append(l.leaves, issued.Leaf)
+	return issued.Chain[0].SerialNumber.String()
+}
+
+// awaitRenewal waits until another issuing CA signs.
+func (l *load) awaitRenewal(t *testing.T, k *process.Kedge, first string) {
+	t.Helper()
+	process.Eventually(t, "the renewal", func() error {
+		if l.signer(t, k) == first {
+			return errors.New("the first issuing CA still signs")
+		}
+		return nil
+	})
+}
+
 // TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly: the issuing CA is in memory. What is issued goes on, the renewal that fails is told, and it is made when the token is back.
 func TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly(t *testing.T) {
 	p, away, back := softToken(t)
 	cluster := process.NewCluster(t)
 	k := process.New(t, "")
-	process.Write(t, k.Config, strings.Replace(shortLives, "issuingCA: {", "issuingCA: {keyStore: memory, ", 1)+cluster.Configuration(t, k.Dir)+
-		fmt.Sprintf("root: {kind: pkcs11, pkcs11: {uri: %q, certificateFile: %q}}\n", p.URI, tokenRoot(t, k.Dir, p.URI)))
+	root, _ := tokenRoot(t, k.Dir, p.URI)
+	process.Write(t, k.Config, strings.Replace(shortLives, "issuingCA: {", "issuingCA: {keyStore: memory, ", 1)+cluster.Configuration(t, k.Dir)+root)
 	k.Start(t)
 	l := newLoad(t, cluster)
-	caller := k.Dial(t, nil)
-	under := func() string {
-		t.Helper()
-		issued, err := caller.Issue(t.Context(), l.keys[0].CSR, l.tokens[0], 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		l.leaves = append(l.leaves, issued.Leaf)
-		return issued.Chain[0].SerialNumber.String()
-	}
-	first := under()
+	first := l.signer(t, k)
 	away()
 	says(t, k, http.StatusOK, `root: the token "tok" cannot be used since `)
 	if log := k.Log(); !strings.Contains(log, `"about":"issuing CA","error":"making a new issuing CA: having it certified by the root`) {
 		t.Error("the log does not say that the renewal failed")
 	}
-	if under() != first {
+	if l.signer(t, k) != first {
 		t.Error("another issuing CA signs, though the root's token is away")
 	}
 	back()
-	process.Eventually(t, "the renewal", func() error {
-		if under() == first {
-			return errors.New("the first issuing CA still signs")
+	l.awaitRenewal(t, k, first)
+	says(t, k, http.StatusOK, "")
+	l.check(t, k)
+}
+
+// TestARestartWithoutTheCertificateOfItsRootGoesOn, since the data folder has an issuing CA: what is wrong is told, and ends by itself. A first start has nothing to go on with.
+func TestARestartWithoutTheCertificateOfItsRootGoesOn(t *testing.T) {
+	p, _, _ := softToken(t)
+	cluster := process.NewCluster(t)
+	k := process.New(t, "")
+	root, file := tokenRoot(t, k.Dir, p.URI)
+	process.Write(t, k.Config, shortLives+cluster.Configuration(t, k.Dir)+root)
+	move := func(from, to string) {
+		t.Helper()
+		if err := os.Rename(from, to); err != nil {
+			t.Fatal(err)
 		}
-		return nil
-	})
+	}
+	move(file, file+".away")
+	k.Launch(t)
+	if code := k.Wait(t); code != 1 || !strings.Contains(k.Log(), `"msg":"the CA did not start"`) || !strings.Contains(k.Log(), "put the file there that 'kedge ceremony' wrote") {
+		t.Errorf("the first start ended with exit code %d:\n%s", code, k.Log())
+	}
+	move(file+".away", file)
+	k.Start(t)
+	l := newLoad(t, cluster)
+	first := l.signer(t, k)
+	k.Stop(t)
+	move(file, file+".away")
+	k.Start(t)
+	says(t, k, http.StatusOK, "the certificate of the root in a token: stat "+file)
+	if !strings.Contains(k.Log(), `"about":"root","error":"the root does not answer: what the ledger knows of it goes on serving`) {
+		t.Error("the log does not say that the root does not answer")
+	}
+	if l.signer(t, k) != first {
+		t.Error("another issuing CA signs, though the root's certificate is away")
+	}
+	move(file+".away", file)
+	l.awaitRenewal(t, k, first)
 	says(t, k, http.StatusOK, "")
 	l.check(t, k)
 }
