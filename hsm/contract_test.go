@@ -250,3 +250,22 @@ func TestSeveralKeysThatFitAreAnError(t *testing.T) {
 		t.Errorf("by another label: %v", err)
 	}
 }
+
+func TestAKeyThatWantsThePINForEachSignatureIsRefused(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	p.GenerateAlwaysAuthenticate(t, "always", "0a")
+	token := open(t, p, nil)
+	keys, err := token.Keys(t.Context())
+	if err != nil || len(keys) != 1 || keys[0].AlwaysAuthenticate != hsm.Yes {
+		t.Fatalf("the token says %+v, %v", keys, err)
+	}
+	if _, _, err := token.Find(t.Context(), keys[0].Public); !errors.Is(err, hsm.ErrRefused) || !strings.Contains(err.Error(), "CKA_ALWAYS_AUTHENTICATE") {
+		t.Errorf("by its public half: %v", err)
+	}
+	if _, _, err := token.FindID(t.Context(), keys[0].ID); !errors.Is(err, hsm.ErrRefused) {
+		t.Errorf("by its id: %v", err)
+	}
+	if n := token.Restarts(); n != 1 {
+		t.Errorf("%d children were started", n)
+	}
+}

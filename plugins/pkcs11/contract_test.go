@@ -224,6 +224,9 @@ func TestWhatATokenSaysOfAKeyDecidesWhetherItIsGoodEnough(t *testing.T) {
 			t.Errorf("it is allowed: %v", err)
 		}
 	}
+	if err := Acceptable(hsm.Key{AlwaysAuthenticate: hsm.Yes}, true); err == nil {
+		t.Error("a key that wants the PIN for each signature is good enough")
+	}
 	for _, k := range []hsm.Key{{Label: "silent"}, {Local: hsm.No, NeverExtractable: hsm.Yes, Sensitive: hsm.Yes, Extractable: hsm.No}} { // what NSS says
 		if err := Acceptable(k, false); err != nil {
 			t.Error(err)

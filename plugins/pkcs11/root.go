@@ -201,6 +201,9 @@ func readCertificates(path string) (all []*x509.Certificate, err error) {
 // Acceptable says whether a key may be an authority's by what its token says of it. One that can be exported, or that was once elsewhere, may have a copy: then the error says so, unless
 // that is allowed. What a token does not say it is not asked for: NSS never says that a key was made on it, but that it was never extractable.
 func Acceptable(k hsm.Key, allowExportable bool) error {
+	if k.AlwaysAuthenticate == hsm.Yes {
+		return fmt.Errorf("the token wants the PIN for each signature of the %s (CKA_ALWAYS_AUTHENTICATE): make one that does not ('kedge key create')", k)
+	}
 	if allowExportable {
 		return nil
 	}

@@ -375,3 +375,11 @@ func (p *Part) Import(t testing.TB, label, id string) {
 	run(t, p.Dir, nil, "openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", file)
 	run(t, p.Dir, nil, "softhsm2-util", "--import", file, "--token", p.URI.Token, "--label", label, "--id", id, "--pin", PIN)
 }
+
+// GenerateAlwaysAuthenticate makes a P-256 key on a token of SoftHSM that wants the PIN for each signature (CKA_ALWAYS_AUTHENTICATE). id is in hex.
+func (p *Part) GenerateAlwaysAuthenticate(t testing.TB, label, id string) {
+	t.Helper()
+	need(t, "pkcs11-tool")
+	run(t, p.Dir, nil, "pkcs11-tool", "--module", p.URI.ModulePath, "--token-label", p.URI.Token, "--login", "--pin", PIN, "--keypairgen", "--key-type", "EC:prime256v1",
+		"--label", label, "--id", id, "--always-auth")
+}
