@@ -219,7 +219,11 @@ func (m *TPM) Start(t testing.TB) {
 	t.Fatal("swtpm does not start")
 }
 
-// manage starts the resource manager, and waits until it answers. It ends when it finds no bus, or no TPM, yet: then it is started again.
+// managerLimit is how long a resource manager may take until it answers, which is some 50 ms.
+const managerLimit = 5 * time.Second
+
+// manage starts the resource manager, and waits until it answers. It ends when it finds no bus, or no TPM, yet, or hangs on its way out: then another one
+// is started.
 func (m *TPM) manage(t testing.TB) {
 	t.Helper()
 	var err error
@@ -234,6 +238,7 @@ func (m *TPM) manage(t testing.TB) {
 			close(ended)
 		}(m.manager)
 		m.ended = ended
+		limit := time.After(managerLimit)
 		for running := true; running; {
 			var out []byte
 			if out, err = exec.Command("tpm2_getcap", "properties-fixed").CombinedOutput(); err == nil {
@@ -242,6 +247,10 @@ func (m *TPM) manage(t testing.TB) {
 			err = fmt.Errorf("%w: %s", err, out)
 			select {
 			case <-ended:
+				running = false
+			case <-limit:
+				_ = m.manager.Process.Kill() // it may have ended
+				<-ended
 				running = false
 			case <-time.After(20 * time.Millisecond):
 			}
