@@ -68,10 +68,16 @@ func (c *child) serve(r io.Reader) error {
 				return err
 			}
 		case kindStart:
-			c.answer(f, func() (any, error) { return c.start(f.payload) })
-		case kindSign, kindPing, kindFind, kindList, kindGenerate, kindDelete:
+			c.answer(f, func() (any, error) { return request(f.payload, c.start) })
+		case kindLogin, kindSign, kindPing, kindFind, kindList, kindGenerate, kindDelete:
 			if c.module == nil {
 				c.fail(f, &failure{Reason: reasonRequest, Text: "the module is not started"})
+				continue
+			}
+			if f.kind == kindLogin {
+				c.answer(f, func() (any, error) {
+					return request(f.payload, func(r loginRequest) (any, error) { return c.module.login(r) })
+				})
 				continue
 			}
 			c.jobs <- f
@@ -81,16 +87,12 @@ func (c *child) serve(r io.Reader) error {
 	}
 }
 
-// start loads the module, logs in, and starts a worker for each session.
-func (c *child) start(payload []byte) (any, error) {
+// start loads the module, finds the token, and starts a worker for each session.
+func (c *child) start(r startRequest) (any, error) {
 	if c.module != nil {
 		return nil, &failure{Reason: reasonRequest, Text: "the module is started already"}
 	}
-	var r startRequest
-	if err := json.Unmarshal(payload, &r); err != nil {
-		return nil, &failure{Reason: reasonRequest, Text: err.Error()}
-	}
-	m, reply, err := startModule(r)
+	m, info, err := startModule(r)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +104,7 @@ func (c *child) start(payload []byte) (any, error) {
 			}
 		})
 	}
-	return reply, nil
+	return info, nil
 }
 
 // work does what one frame asks, in a session.

@@ -13,11 +13,21 @@ import (
 	"time"
 )
 
+// loggedIn loads a module into the test's own process, and logs in.
+func loggedIn(o Options, sessions int) (*module, error) {
+	u := o.URI
+	m, _, err := startModule(startRequest{Module: u.ModulePath, Parameters: o.Parameters, Token: u.Token, Serial: u.Serial, Sessions: sessions})
+	if err != nil {
+		return nil, err
+	}
+	_, err = m.login(loginRequest{PINFile: u.PINSource.File})
+	return m, err
+}
+
 // InProcess loads a module into the test's own process, finds the key of a label, lets spoil do something to the module, and tells what a signature then fails with: whether that is taken
 // for the request's own fault, and the code.
 func InProcess(o Options, label string, spoil func(m *Module) error) (ofRequest bool, code uint, err error) {
-	u := o.URI
-	m, _, err := startModule(startRequest{Module: u.ModulePath, Parameters: o.Parameters, Token: u.Token, Serial: u.Serial, PINFile: u.PINSource.File, Sessions: 1})
+	m, err := loggedIn(o, 1)
 	if err != nil {
 		return false, 0, err
 	}
@@ -65,8 +75,7 @@ func (m *Module) Finalize() error { return m.m.ctx.Finalize() }
 
 // Raw signs with a module that is loaded into this process, in as many goroutines as there are sessions, for so long, and tells how many signatures a second were made. With verify each is verified.
 func Raw(o Options, label string, d time.Duration, verify bool) (perSecond float64, err error) {
-	u := o.URI
-	m, _, err := startModule(startRequest{Module: u.ModulePath, Parameters: o.Parameters, Token: u.Token, Serial: u.Serial, PINFile: u.PINSource.File, Sessions: o.Sessions})
+	m, err := loggedIn(o, o.Sessions)
 	if err != nil {
 		return 0, err
 	}
@@ -114,8 +123,7 @@ func Raw(o Options, label string, d time.Duration, verify bool) (perSecond float
 
 // WithoutLogin loads a module into the test's own process, loses the login, and tells what finding, listing and deleting the key of a label then say.
 func WithoutLogin(o Options, label string) map[string]error {
-	u := o.URI
-	m, _, err := startModule(startRequest{Module: u.ModulePath, Parameters: o.Parameters, Token: u.Token, Serial: u.Serial, PINFile: u.PINSource.File, Sessions: 1})
+	m, err := loggedIn(o, 1)
 	if err == nil {
 		err = (&Module{m}).NewSession()
 	}

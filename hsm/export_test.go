@@ -12,3 +12,6 @@ func (t *Token) ChildPID() int {
 
 // Protocol is what both sides must speak.
 const Protocol = protocol
+
+// KindDone is the kind of a frame that answers.
+const KindDone = byte(kindDone)

@@ -6,6 +6,7 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -251,6 +252,75 @@ func TestAWrongPINIsTriedOnceAndNotAgainUntilItsFileChanges(t *testing.T) {
 	}
 }
 
+func TestAWrongPINIsNotTriedAgainUnderAnotherNameOfTheToken(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	token := open(t, p, nil)
+	info, err := token.Info(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	token.Close()
+	rewrite(t, p.URI.PINSource.File, "654321")
+	var log bytes.Buffer
+	logged := func(o *hsm.Options) {
+		o.Logger = slog.New(slog.NewTextHandler(&log, nil))
+	}
+	for _, name := range []func(o *hsm.Options){logged, func(o *hsm.Options) {
+		logged(o)
+		o.URI.Token, o.URI.Serial = "", info.Serial
+	}} {
+		token := open(t, p, name)
+		if _, err := token.Keys(t.Context()); !errors.Is(err, hsm.ErrWrongPIN) {
+			t.Errorf("with a wrong PIN: %v", err)
+		}
+		token.Close()
+	}
+	if n := strings.Count(log.String(), "the token refused the PIN ("); n != 1 { // each try says so
+		t.Errorf("the PIN was tried %d times:\n%s", n, log.String())
+	}
+}
+
+// TestAPINThatAChildDiedOfIsNotTriedAgain: nobody knows whether the token counted it as a wrong one. One that the token took before is none.
+func TestAPINThatAChildDiedOfIsNotTriedAgain(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	unknown := open(t, p, func(o *hsm.Options) { o.StateDir = "" })
+	info, err := unknown.Info(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := json.Marshal(info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(fakeInfo, string(said))
+	dies := func() {
+		t.Helper()
+		t.Setenv(fakeChild, "dead in its login")
+		token := open(t, p, nil)
+		if _, err := token.Keys(t.Context()); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "the child that the module lives in ended") {
+			t.Errorf("a child that dies in its login: %v", err)
+		}
+		token.Close()
+		t.Setenv(fakeChild, "")
+	}
+	dies()
+	after := open(t, p, nil) // a restart
+	if _, err := after.Keys(t.Context()); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "did not come back from its first login") ||
+		!strings.Contains(err.Error(), "write the right PIN into it") {
+		t.Errorf("after a restart: %v", err)
+	}
+	rewrite(t, p.URI.PINSource.File, hsmparts.PIN)
+	if _, err := after.Keys(t.Context()); err != nil {
+		t.Errorf("with the PIN's file written anew: %v", err)
+	}
+	after.Close()
+	dies()
+	again := open(t, p, nil)
+	if _, err := again.Keys(t.Context()); err != nil {
+		t.Errorf("with a PIN that the token took before: %v", err)
+	}
+}
+
 // rewrite puts another file in the place of one.
 func rewrite(t *testing.T, path, text string) {
 	t.Helper()
@@ -346,6 +416,9 @@ const fakeChild = "KEDGE_TEST_FAKE_CHILD"
 // fakeFile is the variable with the file of a child that misbehaves.
 const fakeFile = "KEDGE_TEST_FAKE_FILE"
 
+// fakeInfo is the variable with what a child that misbehaves says of its token, in JSON.
+const fakeInfo = "KEDGE_TEST_FAKE_INFO"
+
 // misbehave is a child that does not keep to what was agreed, in one of several ways.
 func misbehave(how string) int {
 	socket := os.NewFile(3, "parent")
@@ -384,8 +457,10 @@ func misbehave(how string) int {
 		_ = os.WriteFile(os.Getenv(fakeFile), nil, 0o600)
 	case "mute once logged in":
 		write(kind, id, generation, hsm.Protocol)
-		_, id, generation = read()
-		write(9, id, generation, "{}")
+		for range 2 { // start and login
+			_, id, generation = read()
+			write(hsm.KindDone, id, generation, "{}")
+		}
 		read()
 		_ = os.WriteFile(os.Getenv(fakeFile), nil, 0o600)
 	case "garbage":
@@ -401,7 +476,13 @@ func misbehave(how string) int {
 	case "no JSON":
 		write(kind, id, generation, hsm.Protocol)
 		_, id, generation = read()
-		write(9, id, generation, "nothing that can be read")
+		write(hsm.KindDone, id, generation, "nothing that can be read")
+	case "dead in its login":
+		write(kind, id, generation, hsm.Protocol)
+		_, id, generation = read()
+		write(hsm.KindDone, id, generation, os.Getenv(fakeInfo))
+		read()
+		return 0
 	}
 	for {
 		read()

@@ -10,7 +10,7 @@ import (
 )
 
 // protocol is what parent and child must both speak, word for word. Any change to frames or messages changes it.
-const protocol = "kedge hsm 1"
+const protocol = "kedge hsm 2"
 
 // maxFrame is the longest frame in octets, its length field not counted: a token with some thousand keys is listed in one.
 const maxFrame = 4 << 20
@@ -23,7 +23,8 @@ type kind byte
 
 const (
 	kindHello    kind = iota + 1 // payload: the protocol; answered by the child's
-	kindStart                    // startRequest → startReply
+	kindStart                    // startRequest → Info: the module is loaded, and the token found
+	kindLogin                    // loginRequest → sourceIdentity of the PIN that was taken
 	kindPing                     // → nothing: the session is logged in, and its token there
 	kindSign                     // signRequest and the digest → the raw signature
 	kindFind                     // findRequest → findReply

@@ -8,65 +8,94 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
-// latch remembers over restarts that a token refused a PIN. It is keyed by the token and by the state of the PIN's source, never by the PIN: once somebody writes the file
-// anew it opens. An environment variable says nothing of its state, so there the latch is a file to delete.
+// latch remembers over restarts how the last login to a token ended, so that a PIN that the token counted as a wrong one, or may have, is not tried again until somebody writes its source
+// anew. It is keyed by what the token says of itself and by the state of the PIN's source, never by the PIN. An environment variable says nothing of its state, so there the latch is a
+// file to delete.
 type latch struct {
 	dir  string // "": for the life of this process only
-	path string
-	held *sourceIdentity
+	path string // "" until the token has said which one it is
+	last attempt
 }
 
-func newLatch(dir string, u URI) *latch {
-	l := &latch{dir: dir}
-	if dir != "" {
-		name := sha256.Sum256([]byte(u.ModulePath + "\x00" + u.Token + "\x00" + u.Serial))
-		l.path = filepath.Join(dir, fmt.Sprintf("wrong-pin-%x.json", name[:8]))
+// attempt is a login.
+type attempt struct {
+	Source  sourceIdentity
+	Outcome outcome
+}
+
+type outcome string
+
+const (
+	pinTaken   outcome = "taken"
+	pinRefused outcome = "refused"
+	pinLocked  outcome = "locked"  // the token takes none any more
+	pinUnknown outcome = "unknown" // the child has not answered: the token may have counted it
+)
+
+// of reads what is remembered of a token, by what it says of itself: another URI may name the same one.
+func (l *latch) of(token Info) error {
+	if l.dir == "" {
+		return nil
 	}
-	return l
-}
-
-// closed says whether the source is in the state in which its PIN was refused.
-func (l *latch) closed(source sourceIdentity) (bool, error) {
-	if l.held == nil && l.path != "" {
-		text, err := os.ReadFile(l.path)
-		if errors.Is(err, fs.ErrNotExist) {
-			return false, nil
-		}
-		if err != nil {
-			return false, fmt.Errorf("reading whether the token has refused the PIN before: %w", err)
-		}
-		var held sourceIdentity
-		if err := json.Unmarshal(text, &held); err != nil {
-			return false, fmt.Errorf("reading %s, which says whether the token has refused the PIN before: %w; delete it once the PIN is right", l.path, err)
-		}
-		l.held = &held
+	name := sha256.Sum256([]byte(strings.Join([]string{token.Manufacturer, token.Model, token.Serial, token.Label}, "\x00")))
+	path := filepath.Join(l.dir, fmt.Sprintf("pin-%x.json", name[:8]))
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, &l.last)
 	}
-	return l.held != nil && l.held.equal(source), nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("reading %s, which says whether the token has refused the PIN before: %w; delete it once the PIN is right", path, err)
+	}
+	l.path = path
+	return nil
 }
 
-// close remembers the state of the source whose PIN was refused.
-func (l *latch) close(source sourceIdentity) error {
-	l.held = &source
+// closed says why the PIN must not be tried while its source is as it is; nil: it may be.
+func (l *latch) closed(source sourceIdentity) error {
+	if !l.last.Source.equal(source) {
+		return nil
+	}
+	switch l.last.Outcome {
+	case pinRefused:
+		return fmt.Errorf("%w in %s before, and a token locks itself after a few wrong ones, so it is not tried again: %s", ErrWrongPIN, source.Source, l.mend(source))
+	case pinLocked:
+		return fmt.Errorf("the token had locked its PIN when the one in %s was tried, so it is not tried again: unlock the token and then %s", source.Source, l.mend(source))
+	case pinUnknown:
+		return fmt.Errorf("the child that the module lives in did not come back from its first login with the PIN in %s. The token may have counted a wrong one, so it is not tried again: %s",
+			source.Source, l.mend(source))
+	}
+	return nil
+}
+
+// taken says whether the token took the PIN while its source was as it is.
+func (l *latch) taken(source sourceIdentity) bool {
+	return l.last.Source.equal(source) && l.last.Outcome == pinTaken
+}
+
+// keep remembers a login.
+func (l *latch) keep(a attempt) error {
+	if l.last.Source.equal(a.Source) && l.last.Outcome == a.Outcome {
+		return nil
+	}
+	l.last = a
 	if l.path == "" {
 		return nil
 	}
-	text, err := json.Marshal(source)
+	text, err := json.Marshal(a)
 	if err == nil {
 		if err = os.MkdirAll(l.dir, 0o700); err == nil {
 			err = os.WriteFile(l.path, text, 0o600)
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("remembering that the token refused the PIN: a restart would try it once more: %w", err)
-	}
-	return nil
+	return err
 }
 
-// open forgets it: a PIN was taken.
-func (l *latch) open() error {
-	l.held = nil
+// forget is for a login that the token did not come to judge.
+func (l *latch) forget() error {
+	l.last = attempt{}
 	if l.path == "" {
 		return nil
 	}
@@ -76,10 +105,13 @@ func (l *latch) open() error {
 	return nil
 }
 
-// mend says what to do about a closed one.
+// mend says what opens a closed one.
 func (l *latch) mend(source sourceIdentity) string {
-	if source.Inode != 0 || l.path == "" {
-		return "write the right PIN into it (the same one, once the token is unlocked)"
+	switch {
+	case source.Inode != 0:
+		return "write the right PIN into it (the same one when it is right: a new file is what counts)"
+	case l.path == "":
+		return "set the right PIN and start the program again"
 	}
 	return "set the right PIN and delete " + l.path
 }

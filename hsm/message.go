@@ -18,15 +18,13 @@ type startRequest struct {
 	Serial       string
 	Manufacturer string
 	Model        string
-	PINFile      string // "" when the PIN comes otherwise, or there is none
-	PINPipe      bool   // it comes through the descriptor pinDescriptor
-	PINSource    sourceIdentity
 	Sessions     int
 }
 
-type startReply struct {
-	Info   Info
-	Source sourceIdentity // of the PIN that was accepted
+type loginRequest struct {
+	PINFile   string // "" when the PIN comes otherwise, or there is none
+	PINPipe   bool   // it comes through the descriptor pinDescriptor
+	PINSource sourceIdentity
 }
 
 type findRequest struct {

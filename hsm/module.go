@@ -19,6 +19,7 @@ import (
 type module struct {
 	ctx      *pkcs11.Ctx
 	slot     uint
+	flags    uint // of the token, when it was found
 	sessions []pkcs11.SessionHandle
 	loggedIn bool // there was a PIN
 
@@ -46,10 +47,10 @@ func failed(function string, err error) error {
 	return f
 }
 
-func startModule(r startRequest) (started *module, reply startReply, err error) {
+func startModule(r startRequest) (started *module, info Info, err error) {
 	m := &module{ctx: pkcs11.New(r.Module)}
 	if m.ctx == nil {
-		return nil, reply, &failure{Reason: reasonToken, Text: fmt.Sprintf("the module %s cannot be loaded: see that the file is there, is a PKCS#11 module for this machine, and has the libraries that it needs (ldd)", r.Module)}
+		return nil, info, &failure{Reason: reasonToken, Text: fmt.Sprintf("the module %s cannot be loaded: see that the file is there, is a PKCS#11 module for this machine, and has the libraries that it needs (ldd)", r.Module)}
 	}
 	var options []pkcs11.InitializeOption
 	if r.Parameters != "" {
@@ -57,32 +58,27 @@ func startModule(r startRequest) (started *module, reply startReply, err error) 
 		options = append(options, pkcs11.InitializeWithReserved(unsafe.Pointer(&text[0])))
 	}
 	if err := m.ctx.Initialize(options...); err != nil {
-		return nil, reply, failed("C_Initialize", err)
+		return nil, info, failed("C_Initialize", err)
 	}
 	defer func() {
 		if err != nil {
 			m.finalize()
 		}
 	}()
-	info, flags, err := m.choose(r)
-	if err != nil {
-		return nil, reply, err
+	if info, err = m.choose(r); err != nil {
+		return nil, info, err
 	}
-	reply.Info = info
 	if err := m.open(r.Sessions); err != nil {
-		return nil, reply, err
+		return nil, info, err
 	}
-	if reply.Source, err = m.login(r, flags); err != nil {
-		return nil, reply, err
-	}
-	return m, reply, nil
+	return m, info, nil
 }
 
 // choose finds the slot of the token by what the token says of itself.
-func (m *module) choose(r startRequest) (info Info, flags uint, err error) {
+func (m *module) choose(r startRequest) (info Info, err error) {
 	slots, err := m.ctx.GetSlotList(true)
 	if err != nil {
-		return info, 0, failed("C_GetSlotList", err)
+		return info, failed("C_GetSlotList", err)
 	}
 	trim := func(text string) string { return strings.TrimRight(text, " \x00") }
 	fits := func(want, got string) bool { return want == "" || want == trim(got) }
@@ -101,30 +97,30 @@ func (m *module) choose(r startRequest) (info Info, flags uint, err error) {
 			continue
 		}
 		found = append(found, name)
-		m.slot, flags = slot, t.Flags
+		m.slot, m.flags = slot, t.Flags
 		info = Info{Label: trim(t.Label), Serial: trim(t.SerialNumber), Manufacturer: trim(t.ManufacturerID), Model: trim(t.Model), Module: r.Module,
 			Firmware: fmt.Sprintf("%d.%d", t.FirmwareVersion.Major, t.FirmwareVersion.Minor)}
 	}
 	switch {
 	case len(found) == 0 && len(others) == 0:
-		return info, 0, &failure{Reason: reasonToken, Text: "the module sees no token: see that it is plugged in, initialised, and that the module's own configuration names it"}
+		return info, &failure{Reason: reasonToken, Text: "the module sees no token: see that it is plugged in, initialised, and that the module's own configuration names it"}
 	case len(found) == 0:
-		return info, 0, &failure{Reason: reasonToken, Text: "the module does not see the token that is named; it sees " + strings.Join(others, ", ")}
+		return info, &failure{Reason: reasonToken, Text: "the module does not see the token that is named; it sees " + strings.Join(others, ", ")}
 	case len(found) > 1:
-		return info, 0, &failure{Reason: reasonToken, Text: "several tokens fit: " + strings.Join(found, ", ") + "; name one by serial="}
+		return info, &failure{Reason: reasonToken, Text: "several tokens fit: " + strings.Join(found, ", ") + "; name one by serial="}
 	}
 	if library, err := m.ctx.GetInfo(); err == nil {
 		info.Library = fmt.Sprintf("%s %d.%d", trim(library.LibraryDescription), library.LibraryVersion.Major, library.LibraryVersion.Minor)
 	}
 	mechanisms, err := m.ctx.GetMechanismList(m.slot)
 	if err != nil {
-		return info, 0, failed("C_GetMechanismList", err)
+		return info, failed("C_GetMechanismList", err)
 	}
 	for _, mechanism := range mechanisms {
 		info.Mechanisms = append(info.Mechanisms, mechanism.Mechanism)
 	}
 	slices.Sort(info.Mechanisms)
-	return info, flags, nil
+	return info, nil
 }
 
 // open opens as many sessions as were asked for, or as many as the token allows.
@@ -142,12 +138,16 @@ func (m *module) open(sessions int) error {
 	return nil
 }
 
+// lockedText tells of a PIN that the token takes no more.
+const lockedText = "the token has locked its PIN after too many wrong ones (to a TPM a loss of power after a login is one, too): unlock it with its own tools (a TPM unlocks itself after a while, " +
+	"or with tpm2_dictionarylockout --clear-lockout)"
+
 // login reads the PIN, tries it once, and wipes it. The copy of the binding is freed unwiped, in a process that does little else.
-func (m *module) login(r startRequest, flags uint) (source sourceIdentity, err error) {
+func (m *module) login(r loginRequest) (source sourceIdentity, err error) {
 	switch {
-	case flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
-		return source, &failure{Reason: reasonLocked, Text: "the token has locked the PIN after too many wrong ones: unlock it with its own tools"}
-	case r.PINFile == "" && !r.PINPipe && flags&pkcs11.CKF_LOGIN_REQUIRED == 0:
+	case m.flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
+		return source, &failure{Reason: reasonLocked, Source: r.PINSource, Text: lockedText}
+	case r.PINFile == "" && !r.PINPipe && m.flags&pkcs11.CKF_LOGIN_REQUIRED == 0:
 		return source, nil
 	case r.PINFile == "" && !r.PINPipe:
 		return source, &failure{Reason: reasonPINSource, Text: "the token wants a PIN, and the URI has no pin-source: name a file, pin-source=file:/path"}
@@ -167,12 +167,12 @@ func (m *module) login(r startRequest, flags uint) (source sourceIdentity, err e
 	case pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED:
 		return source, &failure{Reason: reasonPIN, Function: "C_Login", Code: uint(code), Source: source, Text: fmt.Sprintf("the token refused the PIN (%v)", code)}
 	case pkcs11.CKR_PIN_LOCKED:
-		return source, &failure{Reason: reasonLocked, Function: "C_Login", Code: uint(code), Source: source, Text: "the token has locked the PIN after too many wrong ones: unlock it with its own tools"}
+		return source, &failure{Reason: reasonLocked, Function: "C_Login", Code: uint(code), Source: source, Text: lockedText}
 	}
 	return source, failed("C_Login", err)
 }
 
-func pinOf(r startRequest) ([]byte, sourceIdentity, error) {
+func pinOf(r loginRequest) ([]byte, sourceIdentity, error) {
 	if r.PINPipe {
 		pipe := os.NewFile(pinDescriptor, "pin")
 		defer pipe.Close()

@@ -55,7 +55,7 @@ type Token struct {
 	due      time.Time     // when it may be
 	problem  error         // why there is no generation; nil: there is one, or none was needed yet
 	since    time.Time     // of the problem
-	latch    *latch
+	latch    latch         // of the goroutine that starts
 	closed   bool
 	stopping context.Context // ends with Close
 	stop     context.CancelFunc
@@ -89,7 +89,7 @@ func Open(o Options) (*Token, error) {
 	if err := KeepOutOfDumps(); err != nil {
 		return nil, fmt.Errorf("keeping the PIN out of core dumps: %w", err)
 	}
-	t := &Token{o: o, log: o.Logger, latch: newLatch(o.StateDir, o.URI)}
+	t := &Token{o: o, log: o.Logger, latch: latch{dir: o.StateDir}}
 	t.stopping, t.stop = context.WithCancel(context.Background())
 	return t, nil
 }
@@ -251,71 +251,114 @@ func (t *Token) begin(s *start) {
 	close(s.done)
 }
 
-// launch starts a child, loads the module in it, and logs in: with a PIN that was refused before not until its source has changed.
+// launch starts a child, loads the module in it, and logs in: with a PIN that the token did not take before not until its source has changed.
 func (t *Token) launch(number uint64) (*generation, error) {
 	if t.stopping.Err() != nil {
 		return nil, ErrClosed
 	}
-	u := t.o.URI
-	request := startRequest{Module: u.ModulePath, Parameters: t.o.Parameters, Token: u.Token, Serial: u.Serial, Manufacturer: u.Manufacturer, Model: u.Model, Sessions: t.o.Sessions}
-	var pin []byte
-	if u.PINSource != (PINSource{}) {
-		source, err := u.PINSource.identity()
-		if err != nil {
-			return nil, fmt.Errorf("the PIN of the token %s: %w", t.name(), err)
-		}
-		refused, err := t.latch.closed(source)
-		if err != nil {
-			return nil, err
-		}
-		if refused {
-			return nil, fmt.Errorf("%w in %s before, and a token locks itself after a few wrong ones, so it is not tried again: %s", ErrWrongPIN, u.PINSource, t.latch.mend(source))
-		}
-		request.PINFile, request.PINSource = u.PINSource.File, source
-		if u.PINSource.Variable != "" {
-			text, set := os.LookupEnv(u.PINSource.Variable)
-			if !set || text == "" {
-				return nil, fmt.Errorf("the PIN of the token %s: the environment variable %s is not set", t.name(), u.PINSource.Variable)
-			}
-			pin, request.PINPipe = []byte(text), true
-		}
+	login, pin, err := t.pin()
+	if err != nil {
+		return nil, err
 	}
-	g, err := startChild(number, t.o.Sessions, pin, append([]string{u.PINSource.Variable}, t.o.Hide...), t.log)
+	g, err := startChild(number, t.o.Sessions, pin, append([]string{t.o.URI.PINSource.Variable}, t.o.Hide...), t.log)
 	clear(pin)
 	if err != nil {
 		return nil, err
 	}
-	ctx := t.stopping // the limits of the calls count, and the end of it all
-	said, err := g.ask(ctx, kindHello, nil, []byte(protocol), startLimit)
-	if err == nil && string(said) != protocol {
-		err = fmt.Errorf("the child speaks %.40q, and this program %q: they are not the same program", said, protocol)
-	}
-	var reply startReply
-	if err == nil {
-		reply, err = askFor[startReply](ctx, g, kindStart, request, startLimit)
+	if err = t.begun(g); err == nil {
+		err = t.login(g, login)
 	}
 	if err == nil {
-		g.info = reply.Info
-		if err := t.latch.open(); err != nil {
-			t.log.Warn("the mark that the PIN was refused cannot be removed", "error", err)
-		}
 		t.log.Info("logged in to a token", "token", g.info.Label, "serial", g.info.Serial, "model", g.info.Model, "module", g.info.Module, "library", g.info.Library, "generation", number)
 		return g, nil
 	}
-	var said2 *Error
-	if errors.As(err, &said2) && (said2.reason == reasonPIN || said2.reason == reasonLocked) {
-		if latchErr := t.latch.close(said2.source); latchErr != nil {
-			t.log.Error("the token may be tried with a wrong PIN again", "error", latchErr)
-		}
-	}
-	if said2 != nil && said2.reason == reasonModule {
-		err = fmt.Errorf("%w: see that the token is there and that its module reaches it; it is tried again by itself", err)
-	}
 	g.end()
 	if t.stopping.Err() != nil {
-		err = ErrClosed
+		return nil, ErrClosed
+	}
+	var said *Error
+	if errors.As(err, &said) && said.reason == reasonModule {
+		err = fmt.Errorf("%w: see that the token is there and that its module reaches it; it is tried again by itself", err)
 	}
 	return nil, err
+}
+
+// pin says how the child gets the PIN; pin is nil unless that is through a pipe.
+func (t *Token) pin() (login loginRequest, pin []byte, err error) {
+	from := t.o.URI.PINSource
+	if from == (PINSource{}) {
+		return login, nil, nil
+	}
+	if login.PINSource, err = from.identity(); err != nil {
+		return login, nil, fmt.Errorf("the PIN of the token %s: %w", t.name(), err)
+	}
+	if err := t.latch.closed(login.PINSource); err != nil {
+		return login, nil, err
+	}
+	login.PINFile = from.File
+	if from.Variable != "" {
+		text, set := os.LookupEnv(from.Variable)
+		if !set || text == "" {
+			return login, nil, fmt.Errorf("the PIN of the token %s: the environment variable %s is not set", t.name(), from.Variable)
+		}
+		pin, login.PINPipe = []byte(text), true
+	}
+	return login, pin, nil
+}
+
+// begun makes sure that the child is this program, and has it load the module and find the token. The limits of the calls count, and the end of it all.
+func (t *Token) begun(g *generation) error {
+	said, err := g.ask(t.stopping, kindHello, nil, []byte(protocol), startLimit)
+	if err == nil && string(said) != protocol {
+		err = fmt.Errorf("the child speaks %.40q, and this program %q: they are not the same program", said, protocol)
+	}
+	if err != nil {
+		return err
+	}
+	u := t.o.URI
+	g.info, err = askFor[Info](t.stopping, g, kindStart, startRequest{Module: u.ModulePath, Parameters: t.o.Parameters, Token: u.Token, Serial: u.Serial, Manufacturer: u.Manufacturer,
+		Model: u.Model, Sessions: t.o.Sessions}, startLimit)
+	return err
+}
+
+// login has the child log in, and remembers how that ended. It is remembered before that it may end badly: a child that dies in the login may have left a wrong PIN with the token, unless the
+// token has taken that PIN before.
+func (t *Token) login(g *generation, r loginRequest) error {
+	remember := func(err error) {
+		if err != nil {
+			t.log.Error("how a login ended cannot be remembered: the token may be tried with a wrong PIN again after a restart", "token", g.info.Label, "error", err)
+		}
+	}
+	secret := r.PINSource != sourceIdentity{}
+	known := false
+	if secret {
+		if err := t.latch.of(g.info); err != nil {
+			return err
+		}
+		if err := t.latch.closed(r.PINSource); err != nil {
+			return err
+		}
+		if known = t.latch.taken(r.PINSource); !known {
+			remember(t.latch.keep(attempt{r.PINSource, pinUnknown}))
+		}
+	}
+	source, err := askFor[sourceIdentity](t.stopping, g, kindLogin, r, startLimit)
+	var said *Error
+	switch answered := errors.As(err, &said); {
+	case !secret:
+		return err
+	case err == nil:
+		remember(t.latch.keep(attempt{source, pinTaken}))
+	case answered && said.reason == reasonPIN:
+		remember(t.latch.keep(attempt{said.source, pinRefused}))
+		err = fmt.Errorf("%w: %s", err, t.latch.mend(said.source))
+	case answered && said.reason == reasonLocked:
+		remember(t.latch.keep(attempt{said.source, pinLocked}))
+		err = fmt.Errorf("%w, and then %s", err, t.latch.mend(said.source))
+	case answered && !known:
+		remember(t.latch.forget())
+	}
+	return err
 }
 
 // do asks a generation for something that may be asked twice: when the generation fails under it, once more of the next one.
