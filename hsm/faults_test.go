@@ -180,6 +180,59 @@ func TestATPMThatDiesOrStandsStillIsWaitedForAndUsedAgain(t *testing.T) {
 	}
 }
 
+// TestChildrenThatAreKilledLockNoTPM: to a TPM a client that dies after its login is no wrong PIN.
+func TestChildrenThatAreKilledLockNoTPM(t *testing.T) {
+	p := hsmparts.StrictTPM(t)
+	token := open(t, p, nil)
+	signer, _ := generate(t, token, hsm.P256, "kedge")
+	for range hsmparts.TPMLimit + 2 {
+		signs(t, signer)
+		if err := syscall.Kill(token.ChildPID(), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	signs(t, signer)
+	if n := p.TPM.WrongPINs(t); n != 0 {
+		t.Errorf("the TPM has counted %d wrong PINs", n)
+	}
+}
+
+// TestATPMThatLosesItsPowerTooOftenLocksItselfAndIsUnlocked: to a TPM the loss of its power after a login is a wrong PIN, whatever a client does.
+func TestATPMThatLosesItsPowerTooOftenLocksItselfAndIsUnlocked(t *testing.T) {
+	p := hsmparts.StrictTPM(t)
+	token := open(t, p, nil)
+	signer, _ := generate(t, token, hsm.P256, "kedge")
+	for lost := 1; lost <= hsmparts.TPMLimit; lost++ {
+		eventually(t, func() error { return sign(signer) })
+		p.TPM.Kill()
+		p.TPM.Start(t)
+		if n := p.TPM.WrongPINs(t); n != lost {
+			t.Fatalf("after %d losses of power the TPM has counted %d wrong PINs", lost, n)
+		}
+	}
+	says := func(want string) {
+		t.Helper()
+		eventually(t, func() error {
+			err := sign(signer)
+			if err == nil {
+				t.Fatal("a TPM that is locked signs")
+			}
+			if !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), want) {
+				return err
+			}
+			return nil
+		})
+	}
+	says("or with tpm2_dictionarylockout --clear-lockout), and then write the right PIN into it")
+	says("so it is not tried again: unlock the token and then write the right PIN into it")
+	p.TPM.Unlock(t)
+	rewrite(t, p.URI.PINSource.File, hsmparts.PIN)
+	eventually(t, func() error { return sign(signer) })
+	if err := token.Problem(); err != nil {
+		t.Errorf("there still is a problem: %v", err)
+	}
+}
+
 func TestATokenWhoseFilesGoAwayAndComeBackIsUsedAgain(t *testing.T) {
 	for what, ask := range map[string]func(*hsm.Token, *hsm.Signer) error{
 		"a signature": func(_ *hsm.Token, s *hsm.Signer) error { return sign(s) },

@@ -36,9 +36,7 @@ const (
 	findLimit       = 30 * time.Second // of looking for keys, of which a token may have many
 	firstPause      = 200 * time.Millisecond
 	longestPause    = 10 * time.Second
-	// abruptPause is the longest pause when children that were logged in ended without ending their login: to a TPM each of them is a wrong PIN.
-	abruptPause = 5 * time.Minute
-	soundAfter  = time.Minute // a generation that lasted so long was a good one: the next begins at once
+	soundAfter      = time.Minute // a generation that lasted so long was a good one: the next begins at once
 )
 
 // Token is a token that is used through a module in a child process. Its methods may be called at once from several goroutines.
@@ -183,17 +181,13 @@ func (t *Token) lost(g *generation, err error) {
 		t.pause = 0
 	}
 	t.due = time.Now().Add(t.pause)
-	longest := longestPause
-	if errors.Is(err, errHangs) || errors.Is(err, errDied) {
-		longest = abruptPause
-	}
-	t.longer(longest)
+	t.longer()
 	t.last = g
 }
 
 // longer doubles the pause, with a tenth more or less, so that many CAs with one token do not come at the same time. t is locked.
-func (t *Token) longer(longest time.Duration) {
-	t.pause = min(max(2*t.pause, firstPause), longest)
+func (t *Token) longer() {
+	t.pause = min(max(2*t.pause, firstPause), longestPause)
 	t.pause += time.Duration((rand.Float64() - 0.5) / 5 * float64(t.pause))
 }
 
@@ -241,7 +235,7 @@ func (t *Token) begin(s *start) {
 		}
 		t.problem = err
 		t.due = time.Now().Add(t.pause)
-		t.longer(max(longestPause, t.pause))
+		t.longer()
 		if !errors.Is(err, ErrWrongPIN) {
 			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}

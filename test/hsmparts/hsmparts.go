@@ -151,7 +151,10 @@ func NewTPM(t testing.TB) *Part {
 	return newTPM(t, true)
 }
 
-// StrictTPM makes one that locks itself after as few wrong PINs as it does by default.
+// TPMLimit is how many wrong PINs a TPM takes by default.
+const TPMLimit = 3
+
+// StrictTPM makes one that locks itself after TPMLimit wrong PINs, for a quarter of an hour.
 func StrictTPM(t testing.TB) *Part {
 	t.Helper()
 	return newTPM(t, false)
@@ -286,6 +289,24 @@ func (m *TPM) Signal(t testing.TB, s syscall.Signal) {
 	if err := syscall.Kill(m.pid, s); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// WrongPINs is how many wrong PINs the TPM has counted (TPM_PT_LOCKOUT_COUNTER).
+func (m *TPM) WrongPINs(t testing.TB) int {
+	t.Helper()
+	_, after, found := strings.Cut(run(t, m.dir, nil, "tpm2_getcap", "properties-variable"), "TPM2_PT_LOCKOUT_COUNTER:")
+	line, _, _ := strings.Cut(after, "\n")
+	n, err := strconv.ParseInt(strings.TrimSpace(line), 0, 32)
+	if !found || err != nil {
+		t.Fatalf("the TPM does not say how many wrong PINs it has counted: %v", err)
+	}
+	return int(n)
+}
+
+// Unlock has the TPM forget them.
+func (m *TPM) Unlock(t testing.TB) {
+	t.Helper()
+	run(t, m.dir, nil, "tpm2_dictionarylockout", "--clear-lockout")
 }
 
 // Kill ends the TPM's process at once, and its resource manager, which would not find it again. It waits until they are gone.
