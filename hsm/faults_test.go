@@ -374,6 +374,34 @@ func TestAPINThatAChildDiedOfIsNotTriedAgain(t *testing.T) {
 	}
 }
 
+func TestALoginThatCannotBeRememberedIsALoginAndIsRememberedLater(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	var log bytes.Buffer
+	target := filepath.Join(p.Dir, "not there yet")
+	state := filepath.Join(p.Dir, "state")
+	if err := os.Symlink(target, state); err != nil {
+		t.Fatal(err)
+	}
+	token := open(t, p, func(o *hsm.Options) { o.StateDir, o.Logger = state, slog.New(slog.NewTextHandler(&log, nil)) })
+	signer, _ := generate(t, token, hsm.P256, "kedge")
+	for range 2 {
+		if err := syscall.Kill(token.ChildPID(), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		signs(t, signer)
+		if err := os.MkdirAll(target, 0o700); err != nil { // for the second
+			t.Fatal(err)
+		}
+	}
+	token.Close()
+	if !strings.Contains(log.String(), "how a login ended cannot be remembered") {
+		t.Errorf("the log does not say so:\n%s", log.String())
+	}
+	if kept, err := filepath.Glob(filepath.Join(target, "pin-*.json")); err != nil || len(kept) != 1 {
+		t.Errorf("later %q are kept, %v", kept, err)
+	}
+}
+
 // rewrite puts another file in the place of one.
 func rewrite(t *testing.T, path, text string) {
 	t.Helper()

@@ -18,6 +18,8 @@ type latch struct {
 	dir  string // "": for the life of this process only
 	path string // "" until the token has said which one it is
 	last attempt
+	// unsaved: last could not be written, so that the file says less.
+	unsaved bool
 }
 
 // attempt is a login.
@@ -35,26 +37,36 @@ const (
 	pinUnknown outcome = "unknown" // the child has not answered: the token may have counted it
 )
 
-// of reads what is remembered of a token, by what it says of itself: another URI may name the same one.
-func (l *latch) of(token Info) error {
-	if l.dir == "" {
+// of says which token it is, by what that says of itself: another URI may name the same one.
+func (l *latch) of(token Info) {
+	if l.dir != "" {
+		name := sha256.Sum256([]byte(strings.Join([]string{token.Manufacturer, token.Model, token.Serial, token.Label}, "\x00")))
+		l.path = filepath.Join(l.dir, fmt.Sprintf("pin-%x.json", name[:8]))
+	}
+}
+
+// read reads what is remembered. Somebody else may have logged in meanwhile, or opened the latch.
+func (l *latch) read() error {
+	if l.path == "" || l.unsaved {
 		return nil
 	}
-	name := sha256.Sum256([]byte(strings.Join([]string{token.Manufacturer, token.Model, token.Serial, token.Label}, "\x00")))
-	path := filepath.Join(l.dir, fmt.Sprintf("pin-%x.json", name[:8]))
-	text, err := os.ReadFile(path)
+	var last attempt
+	text, err := os.ReadFile(l.path)
 	if err == nil {
-		err = json.Unmarshal(text, &l.last)
+		err = json.Unmarshal(text, &last)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("reading %s, which says whether the token has refused the PIN before: %w; delete it once the PIN is right", path, err)
+		return fmt.Errorf("reading %s, which says whether the token has refused the PIN before: %w; delete it once the PIN is right", l.path, err)
 	}
-	l.path = path
+	l.last = last
 	return nil
 }
 
 // closed says why the PIN must not be tried while its source is as it is; nil: it may be.
 func (l *latch) closed(source sourceIdentity) error {
+	if err := l.read(); err != nil {
+		return err
+	}
 	if !l.last.Source.equal(source) {
 		return nil
 	}
@@ -77,7 +89,7 @@ func (l *latch) taken(source sourceIdentity) bool {
 
 // keep remembers a login.
 func (l *latch) keep(a attempt) error {
-	if l.last.Source.equal(a.Source) && l.last.Outcome == a.Outcome {
+	if l.last.Source.equal(a.Source) && l.last.Outcome == a.Outcome && !l.unsaved {
 		return nil
 	}
 	l.last = a
@@ -87,10 +99,24 @@ func (l *latch) keep(a attempt) error {
 	text, err := json.Marshal(a)
 	if err == nil {
 		if err = os.MkdirAll(l.dir, 0o700); err == nil {
-			err = os.WriteFile(l.path, text, 0o600)
+			err = replace(l.path, text)
 		}
 	}
+	l.unsaved = err != nil
 	return err
+}
+
+// replace puts a file in the place of another, so that a crash leaves one of the two.
+func replace(path string, text []byte) error {
+	file, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(text)
+	if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 // forget is for a login that the token did not come to judge.
@@ -99,10 +125,12 @@ func (l *latch) forget() error {
 	if l.path == "" {
 		return nil
 	}
-	if err := os.Remove(l.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	err := os.Remove(l.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
 	}
-	return nil
+	l.unsaved = err != nil
+	return err
 }
 
 // mend says what opens a closed one.
