@@ -14,8 +14,8 @@ import (
 	"kedge/ca/ledger"
 )
 
-// errRootAway says that the root gives no trust anchors that could be taken up, though the ledger has some.
-var errRootAway = errors.New("the root does not answer")
+// errRootAway says that the root, or the anchors besides it, give no trust anchors that could be taken up, though the ledger has some.
+var errRootAway = errors.New("nobody says now what is to be trusted")
 
 // takeUpRoots lets the ledger follow what the root and the anchors say is to be trusted. On the first day that begins the ledger; later a new root
 // enters the bundle, and one that nobody stands for any more is retired: it stays in the bundle until nothing is left under it, see removeRoots. given is what they say.

@@ -2,14 +2,15 @@ package main
 
 import (
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
 
+	"kedge/ca/pemfile"
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/authn"
 	"kedge/plugins/file"
@@ -74,9 +75,14 @@ func findFaults(c *config.Config) (faults []fault) {
 	}
 	look("root.file.passphraseFile", c.Root.File.PassphraseFile, regular(file.CheckPassphraseFile), "")
 	look("root.cacerts.passphraseFile", c.Root.CACerts.PassphraseFile, regular(file.CheckPassphraseFile), "")
-	look("root.anchorsFile", c.Root.AnchorsFile, regular(func(path string) error { _, err := readCertificates(path); return err }), "")
-	look("root.pkcs11.certificateFile", c.Root.PKCS11.CertificateFile, regular(func(path string) error { _, err := readCertificates(path); return err }),
-		"the root is what the ledger knows of it, and certifies nothing")
+	look("root.anchorsFile", c.Root.AnchorsFile, regular(func(path string) error {
+		td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
+		if err != nil {
+			return nil // that is said of the trust domain
+		}
+		return file.CheckAnchorsFile(path, td)
+	}), "the trust anchors of before go on, and a first start fails")
+	look("root.pkcs11.certificateFile", c.Root.PKCS11.CertificateFile, regular(certificates), "the root is what the ledger knows of it, and certifies nothing")
 	look("vault.caFile", c.Vault.CAFile, regular(func(path string) error { _, err := readRoots(path); return err }), "")
 	look("issuingCA.passphraseFile", c.IssuingCA.PassphraseFile, regular(file.CheckPassphraseFile), "")
 	look("tracing.caFile", c.Tracing.CAFile, regular(func(path string) error { _, err := readRoots(path); return err }), "")
@@ -87,7 +93,7 @@ func findFaults(c *config.Config) (faults []fault) {
 		look(key+"bearerTokenFile", issuer.BearerTokenFile, regular(authn.CheckBearerTokenFile), "the issuer's keys cannot be fetched")
 	}
 	for i, path := range c.Callers.ClientCertificates.OtherIssuers {
-		look(fmt.Sprintf("callers.clientCertificates.otherIssuers[%d]", i), path, regular(func(path string) error { _, err := readCertificates(path); return err }), "")
+		look(fmt.Sprintf("callers.clientCertificates.otherIssuers[%d]", i), path, regular(certificates), "")
 	}
 	look("ledger.archiveDir", c.Ledger.ArchiveDir, writable, "nothing is dropped from the ledger, which grows")
 	if mark := c.Ledger.HighWaterFile; mark != "" {
@@ -109,6 +115,12 @@ func regular(check func(path string) error) func(path string) error {
 		}
 		return check(path)
 	}
+}
+
+// certificates makes sure that there are some.
+func certificates(path string) error {
+	_, err := pemfile.ReadCertificates(path)
+	return err
 }
 
 // noFolder makes sure that a file may be there, or be made.
@@ -145,23 +157,4 @@ func readRoots(path string) (*x509.CertPool, error) {
 		return nil, fmt.Errorf("reading the roots: %s has no certificate in PEM", path)
 	}
 	return pool, nil
-}
-
-// readCertificates reads every certificate of a PEM file, which has at least one.
-func readCertificates(path string) (all []*x509.Certificate, err error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("reading %s: %w", path, err)
-		}
-		all = append(all, cert)
-	}
-	if len(all) == 0 {
-		return nil, fmt.Errorf("%s has no certificate in PEM", path)
-	}
-	return all, nil
 }

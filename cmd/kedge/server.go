@@ -24,6 +24,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/atomicfile"
 	"kedge/ca/ledger"
+	"kedge/ca/pemfile"
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 	"kedge/issuer/authn"
@@ -160,7 +161,7 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 	}
 	var others []*x509.Certificate
 	for i, path := range c.Callers.ClientCertificates.OtherIssuers {
-		certs, err := readCertificates(path)
+		certs, err := pemfile.ReadCertificates(path)
 		if err != nil {
 			return fmt.Errorf("callers.clientCertificates.otherIssuers[%d]: %w", i, err)
 		}

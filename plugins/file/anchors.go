@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"kedge/ca"
+	"kedge/ca/pemfile"
 )
 
 // AnchorsOptions says which file has further trust anchors.
@@ -60,6 +61,32 @@ func OpenAnchors(o AnchorsOptions) (*Anchors, error) {
 	return a, nil
 }
 
+// parseAnchors reads the text of a file of trust anchors.
+func parseAnchors(text []byte, td spiffeid.TrustDomain) ([]*x509.Certificate, error) {
+	certs, err := pemfile.Certificates(text)
+	if err != nil {
+		return nil, err
+	}
+	for _, cert := range certs {
+		if err := checkTrustAnchor(cert, td); err != nil {
+			return nil, fmt.Errorf("the certificate %q: %w", cert.Subject, err)
+		}
+	}
+	return distinct(certs), nil
+}
+
+// CheckAnchorsFile says whether OpenAnchors can use the file.
+func CheckAnchorsFile(path string, td spiffeid.TrustDomain) error {
+	text, err := read(path, 0, "")
+	if err != nil {
+		return err
+	}
+	if _, err := parseAnchors(text, td); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
 func (a *Anchors) look() (changed bool, err error) {
 	text, err := read(a.path, 0, "")
 	if err != nil {
@@ -72,14 +99,9 @@ func (a *Anchors) look() (changed bool, err error) {
 	if same {
 		return false, nil
 	}
-	certs, err := decodeCertificates(text)
+	certs, err := parseAnchors(text, a.td)
 	if err != nil {
 		return false, a.refused(err)
-	}
-	for _, cert := range certs {
-		if err := checkTrustAnchor(cert, a.td); err != nil {
-			return false, a.refused(fmt.Errorf("the certificate %q: %w", cert.Subject, err))
-		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()

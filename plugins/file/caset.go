@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"kedge/ca/pemfile"
 )
 
 // layout names the files of a CA that was made elsewhere.
@@ -80,11 +82,11 @@ func parseCASet(dir string, files contents, p passphrase, td spiffeid.TrustDomai
 
 // certificatesOf reads one of the files. It may be missing.
 func certificatesOf(files contents, name string) ([]*x509.Certificate, error) {
-	certs, err := decodeCertificates(files[name])
+	certs, err := pemfile.Certificates(files[name])
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w: write the Secret anew", name, err)
 	}
-	return certs, nil
+	return distinct(certs), nil
 }
 
 // takeKey reads the key, and makes sure that it is the one that was certified.

@@ -82,3 +82,13 @@ func selfSigned(cert *x509.Certificate) bool {
 func contains(certs []*x509.Certificate, cert *x509.Certificate) bool {
 	return slices.ContainsFunc(certs, cert.Equal)
 }
+
+// distinct leaves out what is there a second time.
+func distinct(certs []*x509.Certificate) (once []*x509.Certificate) {
+	for _, cert := range certs {
+		if !contains(once, cert) {
+			once = append(once, cert)
+		}
+	}
+	return once
+}

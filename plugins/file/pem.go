@@ -1,66 +1,27 @@
 package file
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
+
+	"kedge/ca/pemfile"
 )
 
-// Files that others wrote: several PEM blocks, with text between them, as openssl and people leave it.
+// Files that others wrote.
 
 const (
-	certificateType = "CERTIFICATE"    // RFC 7468 5
-	crlType         = "X509 CRL"       // RFC 7468 6
-	sec1Type        = "EC PRIVATE KEY" // RFC 5915 4
-	pkcs1Type       = "RSA PRIVATE KEY"
-	curveType       = "EC PARAMETERS" // what 'openssl ecparam -genkey' writes above the key
+	crlType   = "X509 CRL"       // RFC 7468 6
+	sec1Type  = "EC PRIVATE KEY" // RFC 5915 4
+	pkcs1Type = "RSA PRIVATE KEY"
+	curveType = "EC PARAMETERS" // what 'openssl ecparam -genkey' writes above the key
 )
-
-// pemBlocks takes a file apart. pem.Decode passes over what it cannot read, such as a block without an end; here that is an error, so that nothing is missing
-// without a word.
-func pemBlocks(text []byte) ([]*pem.Block, error) {
-	var blocks []*pem.Block
-	for rest := text; ; {
-		block, more := pem.Decode(rest)
-		if block == nil {
-			break
-		}
-		blocks, rest = append(blocks, block), more
-	}
-	if begun := bytes.Count(text, []byte("-----BEGIN ")); begun != len(blocks) {
-		return nil, fmt.Errorf("%d PEM blocks begin in it and %d can be read: it is damaged or cut off", begun, len(blocks))
-	}
-	return blocks, nil
-}
-
-// decodeCertificates reads a file of certificates. One that is there twice is returned once.
-func decodeCertificates(text []byte) ([]*x509.Certificate, error) {
-	blocks, err := pemBlocks(text)
-	if err != nil {
-		return nil, err
-	}
-	var all []*x509.Certificate
-	for _, block := range blocks {
-		if block.Type != certificateType {
-			return nil, fmt.Errorf("it holds a PEM block %.40q: only certificates belong there", block.Type)
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("its certificate number %d: %w", len(all)+1, err)
-		}
-		if !contains(all, cert) {
-			all = append(all, cert)
-		}
-	}
-	return all, nil
-}
 
 // decodeCRLs reads a file of certificate revocation lists.
 func decodeCRLs(text []byte) ([]*x509.RevocationList, error) {
-	blocks, err := pemBlocks(text)
+	blocks, err := pemfile.Blocks(text)
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +41,7 @@ func decodeCRLs(text []byte) ([]*x509.RevocationList, error) {
 
 // decodeAnyKey reads a key in any form that has one on the way to Kedge: PKCS#8, encrypted PKCS#8, SEC1, PKCS#1. The path is only for what to do about it.
 func decodeAnyKey(path string, text []byte, p passphrase) (crypto.Signer, error) {
-	blocks, err := pemBlocks(text)
+	blocks, err := pemfile.Blocks(text)
 	if err != nil {
 		return nil, err
 	}

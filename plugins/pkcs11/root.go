@@ -3,16 +3,15 @@ package pkcs11
 import (
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"kedge/ca"
+	"kedge/ca/pemfile"
 	"kedge/hsm"
 )
 
@@ -85,7 +84,7 @@ func (r *Root) certificates() (*rootChain, error) {
 }
 
 func readRoot(path string) (*rootChain, error) {
-	certs, err := readCertificates(path)
+	certs, err := pemfile.ReadCertificates(path)
 	if err != nil {
 		return nil, err
 	}
@@ -165,37 +164,6 @@ func (r *Root) Problem() error {
 		return problem
 	}
 	return r.o.Token.Problem()
-}
-
-// maxFile is how many octets a file of certificates may have.
-const maxFile = 1 << 20
-
-func readCertificates(path string) (all []*x509.Certificate, err error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxFile {
-		return nil, fmt.Errorf("%s is not a file of at most %d octets", path, maxFile)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
-		if block.Type != "CERTIFICATE" {
-			return nil, fmt.Errorf("%s has a PEM block %.40q: only certificates belong there", path, block.Type)
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("reading %s: %w", path, err)
-		}
-		all = append(all, cert)
-	}
-	if len(all) == 0 {
-		return nil, fmt.Errorf("%s has no certificate in PEM", path)
-	}
-	return all, nil
 }
 
 // Acceptable says whether a key may be an authority's by what its token says of it. One that can be exported, or that was once elsewhere, may have a copy: then the error says so, unless
