@@ -148,28 +148,29 @@ meaning, and the signature is verified.`,
 			if err != nil {
 				return err
 			}
-			info, err := token.Info(c.Context())
-			if err != nil {
-				return err
-			}
-			r, err := reportKey(key)
-			if err != nil {
-				return err
-			}
-			if asJSON {
-				return printJSON(c.OutOrStdout(), struct {
-					keyReport
-					Token hsm.Info `json:"token"`
-				}{r, info})
-			}
-			return showKey(c, r, info)
+			return showKey(c, token, key, asJSON)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }
 
-func showKey(c *cobra.Command, r keyReport, info hsm.Info) error {
+// showKey shows a key, and the token that it is on.
+func showKey(c *cobra.Command, token *hsm.Token, key hsm.Key, asJSON bool) error {
+	info, err := token.Info(c.Context())
+	if err != nil {
+		return err
+	}
+	r, err := reportKey(key)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(c.OutOrStdout(), struct {
+			keyReport
+			Token hsm.Info `json:"token"`
+		}{r, info})
+	}
 	table := newTable(c.OutOrStdout())
 	table.row("token", fmt.Sprintf("%s, serial %s, %s %s", info.Label, info.Serial, info.Manufacturer, info.Model))
 	table.row("module", fmt.Sprintf("%s (%s)", info.Module, info.Library))
@@ -189,7 +190,7 @@ func showKey(c *cobra.Command, r keyReport, info hsm.Info) error {
 	if err := table.Flush(); err != nil {
 		return err
 	}
-	_, err := fmt.Fprint(c.OutOrStdout(), r.PEM)
+	_, err = fmt.Fprint(c.OutOrStdout(), r.PEM)
 	return err
 }
 
@@ -226,18 +227,7 @@ left alone, and is an error.`,
 			if err != nil {
 				return err
 			}
-			info, err := token.Info(c.Context())
-			if err != nil {
-				return err
-			}
-			r, err := reportKey(key)
-			if err != nil {
-				return err
-			}
-			if asJSON {
-				return printJSON(c.OutOrStdout(), r)
-			}
-			return showKey(c, r, info)
+			return showKey(c, token, key, asJSON)
 		},
 	}
 	c.Flags().StringVar(&kind, "type", string(ca.P256), "the kind of key: P-256, P-384, RSA-2048, RSA-3072 or RSA-4096")
