@@ -333,8 +333,9 @@ func TestAWrongPINIsNotTriedAgainUnderAnotherNameOfTheToken(t *testing.T) {
 	}
 }
 
-// TestAPINThatAChildDiedOfIsNotTriedAgain: nobody knows whether the token counted it as a wrong one. One that the token took before is none.
-func TestAPINThatAChildDiedOfIsNotTriedAgain(t *testing.T) {
+// TestAPINThatTwoChildrenDiedOfIsNotTriedAgain: nobody knows whether the token counted it as a wrong one. One child may have died of something else, and a PIN that the
+// token took before is none.
+func TestAPINThatTwoChildrenDiedOfIsNotTriedAgain(t *testing.T) {
 	p := hsmparts.SoftHSM(t)
 	unknown := open(t, p, func(o *hsm.Options) { o.StateDir = "" })
 	info, err := unknown.Info(t.Context())
@@ -357,8 +358,9 @@ func TestAPINThatAChildDiedOfIsNotTriedAgain(t *testing.T) {
 		t.Setenv(fakeChild, "")
 	}
 	dies()
-	after := open(t, p, nil) // a restart
-	if _, err := after.Keys(t.Context()); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "did not come back from its first login") ||
+	dies()                   // it was tried again, after a restart
+	after := open(t, p, nil) // another
+	if _, err := after.Keys(t.Context()); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "did not come back from its first two logins") ||
 		!strings.Contains(err.Error(), "write the right PIN into it") {
 		t.Errorf("after a restart: %v", err)
 	}
@@ -367,6 +369,7 @@ func TestAPINThatAChildDiedOfIsNotTriedAgain(t *testing.T) {
 		t.Errorf("with the PIN's file written anew: %v", err)
 	}
 	after.Close()
+	dies()
 	dies()
 	again := open(t, p, nil)
 	if _, err := again.Keys(t.Context()); err != nil {

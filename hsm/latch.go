@@ -34,7 +34,9 @@ const (
 	pinTaken   outcome = "taken"
 	pinRefused outcome = "refused"
 	pinLocked  outcome = "locked"  // the token takes none any more
-	pinUnknown outcome = "unknown" // the child has not answered: the token may have counted it
+	pinUnknown outcome = "unknown" // the child has not answered, or this program was stopped before: the token may have counted it
+	// pinDoubtful is pinUnknown twice. Tokens lock themselves after three wrong ones or more.
+	pinDoubtful outcome = "unknown twice"
 )
 
 // of says which token it is, by what that says of itself: another URI may name the same one.
@@ -75,11 +77,19 @@ func (l *latch) closed(source sourceIdentity) error {
 		return fmt.Errorf("%w in %s before, and a token locks itself after a few wrong ones, so it is not tried again: %s", ErrWrongPIN, source.Source, l.mend(source))
 	case pinLocked:
 		return fmt.Errorf("the token had locked its PIN when the one in %s was tried, so it is not tried again: unlock the token and then %s", source.Source, l.mend(source))
-	case pinUnknown:
-		return fmt.Errorf("the child that the module lives in did not come back from its first login with the PIN in %s. The token may have counted a wrong one, so it is not tried again: %s",
+	case pinDoubtful:
+		return fmt.Errorf("the child that the module lives in did not come back from its first two logins with the PIN in %s. The token may have counted wrong ones, so it is not tried again: %s",
 			source.Source, l.mend(source))
 	}
 	return nil
+}
+
+// begin remembers that a login has begun with a PIN that the token has not taken yet.
+func (l *latch) begin(source sourceIdentity) error {
+	if l.last.Source.equal(source) && l.last.Outcome == pinUnknown {
+		return l.keep(attempt{source, pinDoubtful})
+	}
+	return l.keep(attempt{source, pinUnknown})
 }
 
 // taken says whether the token took the PIN while its source was as it is.

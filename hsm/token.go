@@ -331,7 +331,7 @@ func (t *Token) login(g *generation, r loginRequest) error {
 			return err
 		}
 		if known = t.latch.taken(r.PINSource); !known {
-			remember(t.latch.keep(attempt{r.PINSource, pinUnknown}))
+			remember(t.latch.begin(r.PINSource))
 		}
 	}
 	source, err := askFor[sourceIdentity](t.stopping, g, kindLogin, r, startLimit)
