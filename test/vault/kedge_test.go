@@ -7,10 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
 	"kedge/test/process"
+	"kedge/test/vault"
 )
 
 func TestMain(m *testing.M) { os.Exit(process.Main(m)) }
@@ -154,4 +156,43 @@ func TestACAInVaultIsInitialisedBackedUpAndRestored(t *testing.T) {
 			})
 		}
 	})
+}
+
+// TestTheCommandsOfTheGuideWorkAsPrinted runs every command of docs/vault.md, in their order, with OpenBao's program in the place of Vault's, and serves what comes of it.
+func TestTheCommandsOfTheGuideWorkAsPrinted(t *testing.T) {
+	page := process.Read(t, "../../docs/vault.md")
+	var commands, policy string
+	for _, block := range regexp.MustCompile("(?s)```(sh|hcl)\n(.*?)```").FindAllStringSubmatch(page, -1) {
+		if block[1] == "sh" {
+			commands += block[2]
+		} else {
+			policy += block[2]
+		}
+	}
+	if strings.Count(commands, "vault ") < 8 || !strings.Contains(commands, "kedge init ") {
+		t.Fatalf("the page has only these commands: are they still found?\n%s", commands)
+	}
+	server := vault.Start(t, vault.OpenBao)
+	k := process.New(t, "")
+	k.Config = filepath.Join(k.Dir, "guide.yaml")
+	process.Write(t, filepath.Join(k.Dir, "kedge.hcl"), policy)
+	process.Write(t, filepath.Join(k.Dir, "vault-ca.pem"), process.Read(t, server.CAFile))
+	bin := t.TempDir()
+	for name, program := range map[string]string{"vault": os.Getenv("BAO_BIN"), "kedge": process.Binary()} {
+		if err := os.Symlink(program, filepath.Join(bin, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	commands = strings.ReplaceAll(strings.ReplaceAll(commands, "https://vault.example:8200", server.Address), "kedge.yaml", k.Config)
+	commands = strings.Replace(commands, "kedge init ", "kedge init --out "+k.Config+" ", 1)
+	shell := exec.CommandContext(t.Context(), "sh", "-eux", "-c", commands)
+	shell.Dir, shell.Env = k.Dir, append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+k.Dir, "BAO_ADDR="+server.Address, "BAO_TOKEN="+server.Root, "BAO_CACERT="+server.CAFile)
+	if said, err := shell.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, said)
+	}
+	process.Write(t, k.Config, process.Read(t, k.Config)+process.Ports)
+	k.Start(t)
+	k.Ready(t, process.Patience)
+	k.Must(t, "token", "create", "--identity", "ns/default/sa/web", "--out", filepath.Join(k.Dir, "join"))
+	k.Must(t, "svid", "fetch", "--token-file", filepath.Join(k.Dir, "join"), "--out", filepath.Join(k.Dir, "svid"))
 }
