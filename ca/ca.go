@@ -97,7 +97,7 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 	}
 	c.Note("guarded clock", c.guarded.Save())
 	if _, err := c.takeUpRoots(ctx); errors.Is(err, errRootAway) {
-		c.Note("root", err)
+		c.Note(aboutRoot, err)
 	} else if err != nil {
 		return nil, err
 	}
@@ -108,7 +108,7 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 		if first {
 			return nil, err
 		}
-		c.Note("issuing CA", err)
+		c.Note(aboutIssuing, err)
 	}
 	return c, nil
 }
@@ -232,6 +232,12 @@ func (c *CA) Ready(ctx context.Context) error {
 	return nil
 }
 
+// What a problem may be about without which issuing goes on until the issuing CA ends.
+const (
+	aboutRoot    = "root"
+	aboutIssuing = "issuing CA"
+)
+
 // problems are what is wrong now, by what it is about, so that each is logged when it comes and when it goes.
 type problems struct {
 	mu   sync.Mutex
@@ -251,23 +257,30 @@ func (p *problems) set(about string, err error) (news bool) {
 	return before == nil || before.Error() != err.Error()
 }
 
-func (p *problems) list() []error {
+// each calls do for all that is noted.
+func (p *problems) each(do func(about string, err error)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var all []error
 	for about, err := range p.said {
-		all = append(all, fmt.Errorf("%s: %w", about, err))
+		do(about, err)
 	}
-	return all
 }
 
-// Problems lists what is wrong though the CA goes on: each with what it is about and what to do.
+// Problems lists what is wrong though the CA goes on: each with what it is about and what to do, and when it goes on no longer.
 func (c *CA) Problems() []error {
-	all := c.problems.list()
-	for about, part := range map[string]any{"root": c.root, "key store": c.keys, "trust anchors": c.anchors} {
+	var all []error
+	active := c.trust.Load().active
+	add := func(about string, err error) {
+		if (about == aboutRoot || about == aboutIssuing) && active != nil {
+			err = fmt.Errorf("%w. The issuing CA that there is ends at %s", err, active.notAfter.UTC().Format(time.RFC3339))
+		}
+		all = append(all, fmt.Errorf("%s: %w", about, err))
+	}
+	c.problems.each(add)
+	for about, part := range map[string]any{aboutRoot: c.root, "key store": c.keys, "trust anchors": c.anchors} {
 		if reporter, ok := part.(Reporter); ok {
 			if err := reporter.Problem(); err != nil {
-				all = append(all, fmt.Errorf("%s: %w", about, err))
+				add(about, err)
 			}
 		}
 	}

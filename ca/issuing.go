@@ -186,7 +186,7 @@ func (c *CA) followNow(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
 	_, err := c.takeUpRoots(ctx)
-	c.Note("root", err)
+	c.Note(aboutRoot, err)
 }
 
 // keepHouse does the chores at once, since a CA that is often restarted would else never come to them, and then at each tick. It does so beside the
@@ -219,7 +219,7 @@ func (c *CA) renew(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
 	err := c.RenewIssuing(ctx)
-	c.Note("issuing CA", err)
+	c.Note(aboutIssuing, err)
 	return err
 }
 
@@ -228,7 +228,7 @@ func (c *CA) chores(ctx context.Context) {
 	limited, cancel := context.WithTimeout(ctx, renewalLimit)
 	defer cancel()
 	given, err := c.takeUpRoots(limited)
-	c.Note("root", err)
+	c.Note(aboutRoot, err)
 	c.Note("removal of retired issuing CAs", c.removeRetired(limited))
 	if err == nil {
 		c.Note("removal of trust anchors", c.removeRoots(limited, given))

@@ -345,7 +345,8 @@ func TestAFailedRenewalKeepsTheOldOneAndIsReported(t *testing.T) {
 	f.ca.Housekeep(t.Context())
 	f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
 	problems := f.ca.Problems()
-	if len(problems) != 1 || !strings.Contains(problems[0].Error(), "the vault is sealed") {
+	if len(problems) != 1 || !strings.Contains(problems[0].Error(), "the vault is sealed") ||
+		!strings.Contains(problems[0].Error(), "The issuing CA that there is ends at ") {
 		t.Errorf("problems %v", problems)
 	}
 	down = nil

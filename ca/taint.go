@@ -20,7 +20,7 @@ func (c *CA) Taint(ctx context.Context, id ledger.Hash, reason, by string) error
 	}
 	c.log.Warn("an issuing CA is tainted: it signs no more, and client certificates under it count for nothing", "authority", id, "reason", reason, "by", by)
 	err := c.RenewIssuing(ctx)
-	c.Note("issuing CA", err)
+	c.Note(aboutIssuing, err)
 	if err != nil {
 		return fmt.Errorf("the authority %s is tainted, and nothing can be issued until there is a new issuing CA, which is tried again soon: %w", id, err)
 	}

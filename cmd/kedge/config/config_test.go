@@ -217,6 +217,8 @@ func TestNoErrorShowsASecret(t *testing.T) {
 		"callers: {tokenIssuers: [{name: a, issuer: x, jwksURL: 'https://u:hunter2@a.example/%zz'}]}",
 		"callers: {tokenIssuers: [{name: a, issuer: x, jwksURL: 'https://u:hunter2@a.example/k'}]}",
 		"callers: {tokenIssuers: [{name: a, issuer: 'http://u:hunter2@a.example'}]}",
+		"root: {kind: vault}\nvault: {address: 'https://a.example', login: {method: token, token: hvs.CAESIhunter2hunter2hunter2}}",
+		"root: {kind: vault}\nvault: {address: 'https://a.example', login: {method: token, token: s.hunter2hunter2hunter2XYZ}}",
 	} {
 		wrong := problemsOf(t, write(t, text))
 		if len(wrong) == 0 || strings.Contains(strings.Join(wrong, "\n"), "hunter2") {

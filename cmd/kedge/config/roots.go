@@ -1,6 +1,8 @@
 package config
 
 import (
+	"path/filepath"
+	"regexp"
 	"time"
 
 	"kedge/hsm"
@@ -78,11 +80,11 @@ func (v *validation) vault(c, usual *Config) {
 	v.unused("vault.login.keyFile", l.KeyFile, "", "vault.login.method", l.Method, LoginCert)
 	switch l.Method {
 	case LoginToken:
-		v.required("vault.login.token", l.Token, `a file, or "env:NAME"`)
+		v.secret("vault.login.token", l.Token)
 		v.unused("vault.login.role", l.Role, "", "vault.login.method", l.Method, LoginKubernetes, LoginCert)
 	case LoginAppRole:
 		v.required("vault.login.roleID", l.RoleID, "the role id of the AppRole")
-		v.required("vault.login.secretID", l.SecretID, `a file, or "env:NAME"`)
+		v.secret("vault.login.secretID", l.SecretID)
 		v.unused("vault.login.role", l.Role, "", "vault.login.method", l.Method, LoginKubernetes, LoginCert)
 	case LoginKubernetes:
 		v.required("vault.login.role", l.Role, "the role to log in as")
@@ -134,6 +136,17 @@ func (v *validation) pkcs11URI(path, text string) {
 func (v *validation) required(path, text, what string) {
 	if text == "" {
 		v.refuse(path, "it is required: %s", what)
+	}
+}
+
+// looksSecret is what Vault's tokens and secret ids look like.
+var looksSecret = regexp.MustCompile(`^([hb]?[vc]?[sbr]\.[A-Za-z0-9_-]{20,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$`)
+
+// secret wants a place where a secret is, and refuses, without repeating it, what seems to be one: it would be printed, and kept.
+func (v *validation) secret(path, text string) {
+	v.required(path, text, `a file, or "env:NAME"`)
+	if looksSecret.MatchString(filepath.Base(text)) {
+		v.refuse(path, `it looks like the secret itself, which does not belong in a configuration: write that into a file and name the file, or "env:NAME"`)
 	}
 }
 
