@@ -249,6 +249,16 @@ func TestSeveralKeysThatFitAreAnError(t *testing.T) {
 	if _, _, err := missing.FindObject(t.Context()); !errors.Is(err, hsm.ErrNotFound) || !strings.Contains(err.Error(), `"three"`) {
 		t.Errorf("by another label: %v", err)
 	}
+	p.Generate(t, "twin", "0a")
+	p.Generate(t, "twin", "0b")
+	twins := open(t, p, func(o *hsm.Options) { o.URI.Object = "twin" })
+	if _, _, err := twins.FindObject(t.Context()); !errors.Is(err, hsm.ErrAmbiguous) || !strings.Contains(err.Error(), "2 private keys on the token fit") {
+		t.Errorf("by a label that two have: %v", err)
+	}
+	twins = open(t, p, func(o *hsm.Options) { o.URI.Object, o.URI.ID = "twin", []byte{0x0b} })
+	if _, key, err := twins.FindObject(t.Context()); err != nil || string(key.ID) != "\x0b" {
+		t.Errorf("by a label that two have, and an id: %+v, %v", key, err)
+	}
 }
 
 func TestAKeyThatWantsThePINForEachSignatureIsRefused(t *testing.T) {

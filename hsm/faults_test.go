@@ -517,12 +517,13 @@ func misbehave(how string) int {
 		}
 		return body[0], binary.BigEndian.Uint64(body[1:]), binary.BigEndian.Uint64(body[9:])
 	}
+	about := "" // the digest that answers are about
 	write := func(kind byte, id, generation uint64, payload string) {
-		b := binary.BigEndian.AppendUint32(nil, uint32(18+len(payload)))
+		b := binary.BigEndian.AppendUint32(nil, uint32(18+len(about)+len(payload)))
 		b = append(b, kind)
 		b = binary.BigEndian.AppendUint64(b, id)
 		b = binary.BigEndian.AppendUint64(b, generation)
-		_, _ = socket.Write(append(append(b, 0), payload...))
+		_, _ = socket.Write(append(append(append(b, byte(len(about))), about...), payload...))
 	}
 	if how == "grandchild" { // until the test opens the other end
 		_, _ = os.ReadFile(os.Getenv(fakeFile))
@@ -555,6 +556,9 @@ func misbehave(how string) int {
 		write(kind, id, generation, "kedge hsm 0")
 	case "another generation":
 		write(kind, id, generation+1, hsm.Protocol)
+	case "another digest":
+		about = "another"
+		write(kind, id, generation, hsm.Protocol)
 	case "no answer": // as /bin/true would
 		return 0
 	case "no JSON":
@@ -577,7 +581,8 @@ func TestAChildThatMisbehavesIsTrustedInNothing(t *testing.T) {
 	p := hsmparts.SoftHSM(t)
 	for how, want := range map[string]string{
 		"garbage": "unknown kind 99", "a long frame": "longer than", "another version": "they are not the same program", "another generation": "answered for generation",
-		"no answer": "the child that the module lives in", "no JSON": "cannot be read",
+		"another digest": "answered about another digest",
+		"no answer":      "the child that the module lives in", "no JSON": "cannot be read",
 	} {
 		t.Setenv(fakeChild, how)
 		token := open(t, p, nil)

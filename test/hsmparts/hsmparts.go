@@ -406,10 +406,16 @@ func (p *Part) Import(t testing.TB, label, id string) {
 	run(t, p.Dir, nil, "softhsm2-util", "--import", file, "--token", p.URI.Token, "--label", label, "--id", id, "--pin", PIN)
 }
 
-// GenerateAlwaysAuthenticate makes a P-256 key on a token of SoftHSM that wants the PIN for each signature (CKA_ALWAYS_AUTHENTICATE). id is in hex.
-func (p *Part) GenerateAlwaysAuthenticate(t testing.TB, label, id string) {
+// Generate makes a P-256 key on a token of SoftHSM as the token's own tools do, also beside one of the same label. id is in hex; more are further arguments of pkcs11-tool.
+func (p *Part) Generate(t testing.TB, label, id string, more ...string) {
 	t.Helper()
 	need(t, "pkcs11-tool")
-	run(t, p.Dir, nil, "pkcs11-tool", "--module", p.URI.ModulePath, "--token-label", p.URI.Token, "--login", "--pin", PIN, "--keypairgen", "--key-type", "EC:prime256v1",
-		"--label", label, "--id", id, "--always-auth")
+	run(t, p.Dir, nil, "pkcs11-tool", append([]string{"--module", p.URI.ModulePath, "--token-label", p.URI.Token, "--login", "--pin", PIN, "--keypairgen", "--key-type", "EC:prime256v1",
+		"--label", label, "--id", id}, more...)...)
+}
+
+// GenerateAlwaysAuthenticate makes a key that wants the PIN for each signature (CKA_ALWAYS_AUTHENTICATE).
+func (p *Part) GenerateAlwaysAuthenticate(t testing.TB, label, id string) {
+	t.Helper()
+	p.Generate(t, label, id, "--always-auth")
 }
