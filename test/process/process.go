@@ -85,7 +85,7 @@ func Poll(limit time.Duration, try func() error) error {
 // test's log, and the test returns.
 func Impossible(t testing.TB, why string, err error) {
 	t.Helper()
-	if os.Getenv("CI") == "true" {
+	if os.Getenv("CI") != "" {
 		t.Fatalf("%s: %v", why, err)
 	}
 	t.Logf("NOT TESTED on this machine: %s: %v", why, err)
