@@ -43,7 +43,6 @@ type turns struct {
 	ahead   queue         // the others that are remembered: their peers have had more than if all had had their part at every moment
 	clock   time.Duration // how long somebody who always waited has had turns by now
 	typical time.Duration // how long a turn takes
-	longest time.Duration // as much of a turn as counts
 	added   uint64        // how often a line came into the queue
 
 	ended chan struct{} // once nobody gets a turn any more
@@ -101,7 +100,7 @@ type turn struct {
 }
 
 func newTurns(at, places, most int) *turns {
-	return &turns{free: at, places: places, most: most, typical: firstTypical, longest: longestTurn, lines: map[netip.Prefix]*line{}, ended: make(chan struct{})}
+	return &turns{free: at, places: places, most: most, typical: firstTypical, lines: map[netip.Prefix]*line{}, ended: make(chan struct{})}
 }
 
 // take waits for a turn and a place, no longer than ctx. It is errCrowded when too many wait, and errStopping after end. Who has a turn gives it back, and
@@ -207,11 +206,12 @@ func (t *turns) wait(ctx context.Context, w *waiter) (turn, error) {
 func (t *turns) end() { close(t.ended) }
 
 // give gives a turn back.
-func (t *turns) give(had turn) {
-	took := time.Since(had.began)
+func (t *turns) give(had turn) { t.spent(had, min(time.Since(had.began), longestTurn)) }
+
+// spent gives a turn back that took so long.
+func (t *turns) spent(had turn, took time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	took = min(took, t.longest)
 	t.free++
 	t.typical += (took - t.typical) / 16
 	t.charge(had.line, took-had.counted)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -20,12 +19,6 @@ func peerNamed(text string) netip.Prefix { return netip.MustParsePrefix(text + "
 type served struct {
 	peer netip.Prefix
 	turn turn
-}
-
-// lasting is the turn as if it had begun so long ago. Beside hours it does not count how long a test takes.
-func (s served) lasting(took time.Duration) turn {
-	s.turn.began = time.Now().Add(-took)
-	return s.turn
 }
 
 // queued puts one more caller of a peer into the queue, and returns once it is there. It says on out when it has its turn.
@@ -54,7 +47,6 @@ func queued(t *testing.T, turns *turns, ctx context.Context, peer netip.Prefix, 
 func busy(t *testing.T) (turns *turns, out chan served, had turn) {
 	t.Helper()
 	turns, out = newTurns(1, 10_000, 10_000), make(chan served)
-	turns.longest = math.MaxInt64
 	had, err := turns.take(t.Context(), peerNamed("198.51.100.1"))
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +82,7 @@ func TestPeersTakeTurns(t *testing.T) {
 	for range many + 3 {
 		next := <-out
 		order = append(order, next.peer)
-		turns.give(next.lasting(took[next.peer]))
+		turns.spent(next.turn, took[next.peer])
 	}
 	if want := []netip.Prefix{greedy, modest, third, modest, greedy, greedy}; !slices.Equal(order[:6], want) {
 		t.Errorf("served in the order %v, want %v", order[:6], want)
@@ -112,7 +104,7 @@ func TestTimeIsShared(t *testing.T) {
 	for range 33 {
 		next := <-out
 		count[next.peer]++
-		turns.give(next.lasting(took[next.peer]))
+		turns.spent(next.turn, took[next.peer])
 	}
 	if count[dear] < 3 || count[dear] > 4 {
 		t.Errorf("of 33 turns those of 10 h had %d, those of 1 h %d", count[dear], count[cheap])
@@ -135,15 +127,15 @@ func TestWhoAsksForLittleDoesNotWaitForAllTheOthers(t *testing.T) {
 	next := <-out
 	for round := range each - 2 {
 		for range crowd {
-			turns.give(next.lasting(time.Hour))
+			turns.spent(next.turn, time.Hour)
 			next = <-out
 		}
 		queued(t, turns, t.Context(), modest, out)
-		turns.give(next.lasting(time.Hour))
+		turns.spent(next.turn, time.Hour)
 		if next = <-out; next.peer != modest {
 			t.Fatalf("in round %d it is %s that is next", round, next.peer)
 		}
-		turns.give(next.lasting(time.Minute))
+		turns.spent(next.turn, time.Minute)
 		next = <-out
 	}
 	n := 0
@@ -178,7 +170,7 @@ func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 	waited := 0
 	for ; waited < 100; waited++ {
 		come()
-		turns.give(next.lasting(time.Hour))
+		turns.spent(next.turn, time.Hour)
 		if next = <-out; next.peer == old {
 			break
 		}
@@ -235,7 +227,7 @@ func TestManyWhoAskForLittleDoNotWaitForAllTheOthers(t *testing.T) {
 					}
 				}
 				turns.leave()
-				turns.give(turn{w.line, time.Now().Add(-time.Hour), w.counted})
+				turns.spent(turn{w.line, time.Time{}, w.counted}, time.Hour)
 				break
 			}
 		}
@@ -280,7 +272,7 @@ func TestPeersAreForgotten(t *testing.T) {
 		queued(t, turns, t.Context(), always, out)
 		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("203.0.%d.%d", i/256, i%256)), out)
 		for range 2 {
-			turns.give(next.lasting(time.Hour))
+			turns.spent(next.turn, time.Hour)
 			turns.leave()
 			next = <-out
 		}
