@@ -91,7 +91,7 @@ func (c *conn) take() error {
 	} else {
 		c.turn, err = c.gate.handshakes.take(ctx, c.key)
 	}
-	c.gate.signal()
+	c.gate.signal() // it waits no longer, however that ended
 	if err != nil {
 		return fmt.Errorf("waiting for a turn behind other handshakes: %w", err)
 	}
@@ -106,7 +106,6 @@ func (c *conn) give() {
 	if c.holding {
 		c.holding = false
 		c.gate.handshakes.give(c.turn)
-		c.gate.signal()
 	}
 }
 
@@ -180,8 +179,8 @@ func (h handshakes) shake(c *conn) (net.Conn, credentials.AuthInfo, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("waiting for the client's first octet: %w", err)
 	}
-	defer c.shaken()
 	if err := c.take(); err != nil {
+		c.shaken()
 		return nil, nil, err
 	}
 	c.first = buffer[:n]
