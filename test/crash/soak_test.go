@@ -115,16 +115,16 @@ func (s *soak) peak(t *testing.T) float64 {
 	k := newCA(t, s.cluster, "log: {level: warn}\n")
 	k.Start(t)
 	stop := s.work(t, k, 0)
-	began := time.Now()
+	began, rate := time.Now(), 0.0
 	process.Eventually(t, "a few thousand certificates", func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.issued < 3000 {
 			return fmt.Errorf("%d were issued", s.issued)
 		}
+		rate = float64(s.issued) / time.Since(began).Seconds()
 		return nil
 	})
-	rate := float64(s.issued) / time.Since(began).Seconds()
 	stop()
 	k.Stop(t)
 	return rate
