@@ -160,7 +160,7 @@ func stepBack() error {
 		if err != nil {
 			return err
 		}
-		if err := unix.Setpriority(unix.PRIO_PROCESS, id, 19); err != nil && !errors.Is(err, unix.ESRCH) {
+		if err := unix.SchedSetAttr(id, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("lowering the priority of a thread: %w", err)
 		}
 	}
