@@ -51,6 +51,9 @@ type foundReference struct {
 
 // startChild starts the program as its own child, and shakes hands. /proc/self/exe is this very program, also after an upgrade has put another one in its place.
 func startChild(number uint64, sessions int, pin []byte, hidden []string, log *slog.Logger) (*generation, error) {
+	if IsChild(os.Args) { // else each would start the next, for ever
+		return nil, errors.New("this process was started as a child and does what the program does otherwise: main, or TestMain, has to begin with ChildMain if IsChild")
+	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("socketpair", err)
