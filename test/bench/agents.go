@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -17,12 +16,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 	pb "istio.io/api/security/v1alpha1"
 )
@@ -69,14 +67,15 @@ var repeated = []codes.Code{codes.Canceled, codes.DeadlineExceeded, codes.Resour
 type agent struct {
 	herd    *agents
 	from    net.IP
-	request *pb.IstioCertificateRequest
-	token   bearer
-	conn    *grpc.ClientConn
+	request []byte
+	headers []hpack.HeaderField
+	channel *channel
 }
 
 // agents are those of this process.
 type agents struct {
 	agentsOrder
+	tls               *tls.Config
 	dials, handshakes atomic.Int64
 	connecting        chan struct{} // an element for each that is dialling or in its handshake
 
@@ -84,44 +83,10 @@ type agents struct {
 	report agentsReport
 }
 
-// bearer is what the agent's token provider is: credentials of each call.
-type bearer string
-
-func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
-	return map[string]string{"authorization": "Bearer " + string(b)}, nil
-}
-
-func (bearer) RequireTransportSecurity() bool { return false }
-
-// agentCredentials count handshakes which are complete.
-type agentCredentials struct {
-	credentials.TransportCredentials
-	herd *agents
-}
-
-func (c agentCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	defer raw.(newcomer).done()
-	conn, info, err := c.TransportCredentials.ClientHandshake(ctx, authority, raw)
-	if err == nil {
-		c.herd.handshakes.Add(1)
-	}
-	return conn, info, err
-}
-
-func (c agentCredentials) Clone() credentials.TransportCredentials {
-	return agentCredentials{c.TransportCredentials.Clone(), c.herd}
-}
-
-// newcomer is a connection whose handshake is under way until done.
-type newcomer struct {
-	net.Conn
-	done func()
-}
-
-// connect dials. While as many are at it as the kernel lets wait for a server, it tries again when TCP would send the SYN again that the kernel drops
+// connect dials, and makes the handshake. While as many are at it as the kernel lets wait for a server, it tries again when TCP would send the SYN again that the kernel drops
 // (RFC 6298: after 1 s, and ever twice as long). Agents have a CPU each; these share one, which would have nothing left for those whose turn it is if
 // all the others were to dial in vain.
-func (h *agents) connect(ctx context.Context, from net.IP, address string) (net.Conn, error) {
+func (h *agents) connect(ctx context.Context, from net.IP) (*tls.Conn, error) {
 	for wait := time.Second; ; wait *= 2 {
 		select {
 		case h.connecting <- struct{}{}:
@@ -133,14 +98,18 @@ func (h *agents) connect(ctx context.Context, from net.IP, address string) (net.
 		}
 		break
 	}
-	done := sync.OnceFunc(func() { <-h.connecting })
+	defer func() { <-h.connecting }()
 	h.dials.Add(1)
-	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: from}}).DialContext(ctx, "tcp", address)
+	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: from}}).DialContext(ctx, "tcp", h.Address)
 	if err != nil {
-		done()
 		return nil, err
 	}
-	return newcomer{conn, done}, nil
+	secured := tls.Client(conn, h.tls)
+	if err := secured.HandshakeContext(ctx); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	h.handshakes.Add(1)
+	return secured, nil
 }
 
 // playAgents is what a process of agentsVerb does.
@@ -152,16 +121,29 @@ func playAgents() error {
 	}
 	h.connecting = make(chan struct{}, h.Connecting)
 	debug.SetGCPercent(200) // the generator's core is for agents
+	h.tls = &tls.Config{
+		MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"}, InsecureSkipVerify: true, //nolint:gosec // the certificate is compared with the one that was verified before
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &tls.Certificate{}, nil },
+		VerifyConnection: func(state tls.ConnectionState) error {
+			if !bytes.Equal(state.PeerCertificates[0].Raw, h.Leaf) {
+				return errors.New("the server shows another certificate than before")
+			}
+			return nil
+		},
+	}
 	all := make([]*agent, h.Count)
 	for i := range all {
 		number := h.First + i
-		all[i] = &agent{herd: h, from: loopback(number), token: bearer(h.Tokens[number%len(h.Tokens)]), request: &pb.IstioCertificateRequest{
+		request, err := proto.Marshal(&pb.IstioCertificateRequest{
 			Csr: h.CSRs[number%len(h.CSRs)], ValidityDuration: validity,
 			Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{"CertSigner": structpb.NewStringValue("")}},
-		}}
-		if err := all[i].dial(); err != nil {
+		})
+		if err != nil {
 			return err
 		}
+		all[i] = &agent{herd: h, from: loopback(number), request: request, headers: []hpack.HeaderField{
+			{Name: "user-agent", Value: "grpc-go/" + grpc.Version}, {Name: "authorization", Value: "Bearer " + h.Tokens[number%len(h.Tokens)]}, {Name: "clusterid", Value: "Kubernetes"}}}
+		all[i].dial()
 	}
 	if err := out.Encode(agentsReport{}); err != nil {
 		return err
@@ -201,30 +183,9 @@ func playAgents() error {
 // loopback is an address of the i-th agent.
 func loopback(i int) net.IP { return net.IPv4(127, byte(1+i>>16), byte(i>>8), byte(i)) }
 
-// dial prepares a connection with the options of the agent. It is made with the first call.
-func (a *agent) dial() (err error) {
-	config := &tls.Config{
-		MinVersion: tls.VersionTLS12, InsecureSkipVerify: true, //nolint:gosec // the certificate is compared with the one that was verified before
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &tls.Certificate{}, nil },
-		VerifyConnection: func(state tls.ConnectionState) error {
-			if !bytes.Equal(state.PeerCertificates[0].Raw, a.herd.Leaf) {
-				return errors.New("the server shows another certificate than before")
-			}
-			return nil
-		},
-	}
-	const window = 1 << 20
-	a.conn, err = grpc.NewClient("passthrough:///"+a.herd.Address,
-		grpc.WithTransportCredentials(agentCredentials{credentials.NewTLS(config), a.herd}),
-		grpc.WithPerRPCCredentials(a.token),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-		grpc.WithReadBufferSize(4<<10), // of so many agents the machine's memory would be full
-		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
-		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
-			return a.herd.connect(ctx, a.from, address)
-		}))
-	return err
+// dial prepares a connection. It is made with the first call.
+func (a *agent) dial() {
+	a.channel = newChannel(pb.IstioCertificateService_CreateCertificate_FullMethodName, func(ctx context.Context) (*tls.Conn, error) { return a.herd.connect(ctx, a.from) })
 }
 
 // run asks until there is a certificate: that is whether there is one before ctx ends.
@@ -233,11 +194,9 @@ func (a *agent) run(ctx context.Context) bool {
 		if a.sign(ctx) == nil {
 			return true
 		}
-		_ = a.conn.Close() // nothing is under way
-		if err := a.dial(); err != nil {
-			return false
-		}
-		a.conn.Connect()
+		a.channel.close() // nothing is under way
+		a.dial()
+		a.channel.begin()
 		if !pause(ctx, wait, roundJitter) {
 			return false
 		}
@@ -246,16 +205,18 @@ func (a *agent) run(ctx context.Context) bool {
 
 // sign is a call with the agent's interceptor around it.
 func (a *agent) sign(ctx context.Context) (err error) {
-	api := pb.NewIstioCertificateServiceClient(a.conn)
 	for attempt := range attempts {
 		if attempt > 0 && !pause(ctx, attemptWait<<(attempt-1), attemptJitter) {
 			return ctx.Err()
 		}
-		var answer *pb.IstioCertificateResponse
-		answer, err = api.CreateCertificate(metadata.AppendToOutgoingContext(ctx, "clusterid", "Kubernetes"), a.request)
+		var message []byte
+		message, err = a.channel.call(ctx, a.headers, a.request)
 		a.herd.answered(err)
-		if err == nil && len(answer.GetCertChain()) < 2 {
-			return errors.New("the answer has no chain")
+		if err == nil {
+			var answer pb.IstioCertificateResponse
+			if err := proto.Unmarshal(message, &answer); err != nil || len(answer.GetCertChain()) < 2 {
+				return fmt.Errorf("the answer has no chain (%w)", err)
+			}
 		}
 		if err == nil || !slices.Contains(repeated, status.Code(err)) {
 			return err
