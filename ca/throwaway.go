@@ -92,16 +92,29 @@ func verifyAsClient(leaf *x509.Certificate, a *authority, roots []*x509.Certific
 
 // Lint runs zlint's lints of RFC 5280 over a certificate. Those of the Web PKI's baseline requirements are not for a mesh.
 func Lint(der []byte) error {
-	registry, err := lint.GlobalRegistry().Filter(lint.FilterOptions{IncludeSources: lint.SourceList{lint.RFC5280, lint.RFC5480}})
-	if err != nil {
-		return fmt.Errorf("choosing the lints: %w", err)
-	}
 	cert, err := zx509.ParseCertificate(der)
 	if err != nil {
 		return fmt.Errorf("the linter cannot parse what it signs: %w", err)
 	}
+	return lintOf(func(lints lint.Registry) *zlint.ResultSet { return zlint.LintCertificateEx(cert, lints) })
+}
+
+// LintCRL does so with a CRL.
+func LintCRL(der []byte) error {
+	list, err := zx509.ParseRevocationList(der)
+	if err != nil {
+		return fmt.Errorf("the linter cannot parse the CRL: %w", err)
+	}
+	return lintOf(func(lints lint.Registry) *zlint.ResultSet { return zlint.LintRevocationListEx(list, lints) })
+}
+
+func lintOf(run func(lint.Registry) *zlint.ResultSet) error {
+	lints, err := lint.GlobalRegistry().Filter(lint.FilterOptions{IncludeSources: lint.SourceList{lint.RFC5280, lint.RFC5480}})
+	if err != nil {
+		return fmt.Errorf("choosing the lints: %w", err)
+	}
 	var found []string
-	for name, result := range zlint.LintCertificateEx(cert, registry).Results {
+	for name, result := range run(lints).Results {
 		if result.Status >= lint.Error {
 			found = append(found, strings.TrimSpace(name+" "+result.Details))
 		}

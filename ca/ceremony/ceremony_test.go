@@ -7,7 +7,11 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -17,6 +21,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"kedge/ca"
 )
 
 var now = time.Date(2027, 1, 31, 12, 0, 0, 0, time.UTC)
@@ -156,31 +162,118 @@ func TestARootItsIntermediateAndItsCRLVerify(t *testing.T) {
 	}
 }
 
-func TestWhatIsShownIsWhatIsSigned(t *testing.T) {
+func TestWhatIsShownIsWhatIsSignedToTheOctet(t *testing.T) {
 	key, folder := newKey(t, elliptic.P384()), t.TempDir()
-	plan, err := load(t, folder, rootPlan)
-	if err != nil {
-		t.Fatal(err)
-	}
-	one, err := plan.Prepare(key.Public(), now)
-	if err != nil {
-		t.Fatal(err)
-	}
-	two, signed := perform(t, folder, rootPlan, key)
-	if one.Digest() != two.Digest() || !bytes.Contains(signed.DER, one.TBS) {
-		t.Error("two runs of one plan sign something different")
-	}
-	for _, want := range []string{fmt.Sprintf("%x", one.Digest()), "CN=Mesh Root,O=Example Bank,C=DE", "4f00112233445566778899aabbccddee", "path length 1", "spiffe://example.org", "ECDSA-SHA384"} {
-		if !strings.Contains(one.Describe(), want) {
-			t.Errorf("it does not show %q:\n%s", want, one.Describe())
+	csr(t, folder, newKey(t, elliptic.P256()))
+	for _, c := range []struct {
+		plan  string
+		shows []string
+	}{
+		{rootPlan, []string{"CN=Mesh Root,O=Example Bank,C=DE", "4f00112233445566778899aabbccddee", "critical, cA true, path length 1", "critical, keyCertSign, cRLSign", "URI spiffe://example.org",
+			"ECDSA-SHA384", "2027-01-31T00:00:00Z", "2047-01-31T00:00:00Z", "P-384", "subjectKeyIdentifier", "authorityKeyIdentifier", "Alice, Bob", "the mesh's first root"}},
+		{intermediatePlan, []string{"CN=Mesh Issuing 1", "CN=Mesh Root,O=Example Bank,C=DE", "P-256", "path length 0", "x.csr, SHA-256 ", "root.pem, SHA-256 "}},
+		{crlPlan, []string{"CN=Mesh Root,O=Example Bank,C=DE", "0a0b at 2027-01-30T00:00:00Z, reason 1", "2027-04-30T00:00:00Z", "cRLNumber", "authorityKeyIdentifier"}},
+	} {
+		loaded, err := load(t, folder, c.plan)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown, err := loaded.Prepare(key.Public(), now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := shown.Describe()
+		later, signed := perform(t, folder, c.plan, key)
+		if later.Describe() != text {
+			t.Errorf("a second run shows something else:\n%s\n%s", text, later.Describe())
+		}
+		block, rest := pem.Decode([]byte(text))
+		if block == nil || len(rest) > 0 {
+			t.Fatalf("it does not end with what will be signed:\n%s", text)
+		}
+		// A certificate and a CRL are SEQUENCEs of what is signed, an algorithm and a signature (RFC 5280 4.1, 5.1).
+		var parts struct {
+			TBS       asn1.RawValue
+			Algorithm pkix.AlgorithmIdentifier
+			Signature asn1.BitString
+		}
+		if _, err := asn1.Unmarshal(signed.DER, &parts); err != nil || !bytes.Equal(parts.TBS.FullBytes, block.Bytes) {
+			t.Errorf("what was signed is not what was shown (%v):\n%x\n%x", err, parts.TBS.FullBytes, block.Bytes)
+		}
+		for _, want := range append(c.shows, fmt.Sprintf("%d octets, SHA-256 %x, %s:", len(block.Bytes), sha256.Sum256(block.Bytes), block.Type)) {
+			if !strings.Contains(text, want) {
+				t.Errorf("it does not show %q:\n%s", want, text)
+			}
+		}
+		if strings.Contains(text, "\nextension ") {
+			t.Errorf("an extension is shown in hex alone:\n%s", text)
 		}
 	}
-	unmade, err := plan.Prepare(nil, now)
-	if err != nil || unmade.TBS != nil {
-		t.Errorf("without the key: %v", err)
+}
+
+// TestBeforeItsKeyIsMadeEverythingOfARootIsShownButWhatFollowsFromTheKey compares the outline with what is then signed.
+func TestBeforeItsKeyIsMadeEverythingOfARootIsShownButWhatFollowsFromTheKey(t *testing.T) {
+	for _, kind := range []ca.KeySpec{ca.P256, ca.P384, ca.RSA2048} {
+		folder := t.TempDir()
+		plan, err := load(t, folder, strings.Replace(rootPlan, `mesh"}`, `mesh", create: `+string(kind)+`}`, 1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		unmade, err := plan.Prepare(nil, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := unmade.Describe()
+		_, outline, _ := strings.Cut(text, "TBSCertificate:\n")
+		outline = strings.ReplaceAll(outline, "\n", "")
+		key, err := ca.GenerateKey(kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unmade.Sign(key); err == nil {
+			t.Error("what was prepared without the key is signed")
+		}
+		made, err := plan.Prepare(key.Public(), now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signed := hex.EncodeToString(made.TBS)
+		if len(outline) != len(signed) {
+			t.Fatalf("%s: %d octets are shown, and %d signed:\n%s", kind, len(outline)/2, len(signed)/2, text)
+		}
+		hidden := ""
+		for i := 0; i < len(signed); i += 2 {
+			switch octet := signed[i : i+2]; outline[i : i+2] {
+			case "..":
+				hidden += octet
+			case octet:
+			default:
+				t.Fatalf("%s: octet %d is shown as %s, and %s is signed:\n%s", kind, i/2, outline[i:i+2], octet, text)
+			}
+		}
+		id := hex.EncodeToString(made.rehearsed.cert.SubjectKeyId)
+		if want := hex.EncodeToString(publicOctets(made.rehearsed.cert)) + id + id; len(hidden) != len(want) || !strings.Contains(hidden, id) {
+			t.Errorf("%s: open is %s, and not the public key and its identifier, twice", kind, hidden)
+		}
+		for _, want := range []string{string(kind) + ", to be made on the token; .. is open until then", "subjectKeyIdentifier    ..", "authorityKeyIdentifier  ..", "octets, SHA-256 .., "} {
+			if !strings.Contains(text, want) {
+				t.Errorf("%s: it does not show %q:\n%s", kind, want, text)
+			}
+		}
 	}
-	if _, err := unmade.Sign(key); err == nil {
-		t.Error("what was prepared without the key is signed")
+}
+
+func TestWhatAPlanSaysDoesNotMoveTheCursorOfWhoReviewsIt(t *testing.T) {
+	plan, err := load(t, t.TempDir(), strings.Replace(rootPlan, "the mesh's first root", `"harmless\x1b[2K\nsubject  CN=Other"`, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	prepared, err := plan.Prepare(newKey(t, elliptic.P256()).Public(), now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := prepared.Describe(); strings.Contains(text, "\x1b") || strings.Contains(text, "\nsubject  CN") {
+		t.Errorf("%q", text)
 	}
 }
 
@@ -238,7 +331,7 @@ func TestBadPlansAreRefusedBeforeAnythingIsSigned(t *testing.T) {
 		"operators is missing":                 change(rootPlan, "[Alice, Bob]", "[]"),
 		"purpose is missing":                   change(rootPlan, "the mesh's first root", ""),
 		"csr is given":                         rootPlan + "csr: x.csr\n",
-		"the same file":                        change(rootPlan, "record: root.json", "record: root.pem"),
+		"out.record are the same file":         change(rootPlan, "record: root.json", "record: root.pem"),
 		"is short":                             change(rootPlan, "4f00112233445566778899aabbccddee", `"0a"`),
 		"not a positive number":                change(rootPlan, "4f00112233445566778899aabbccddee", "ff00112233445566778899aabbccddee0011223344"),
 		"is not after notBefore":               change(rootPlan, "2047", "2026"),
@@ -250,9 +343,14 @@ func TestBadPlansAreRefusedBeforeAnythingIsSigned(t *testing.T) {
 		"the issuer's own":                     change(intermediatePlan, "{commonName: Mesh Issuing 1}", "{commonName: Mesh Root, organization: Example Bank, country: DE}"),
 		"does not begin with a PEM block CERT": change(intermediatePlan, "csr: x.csr", "csr: root.pem"),
 		"crl.number":                           change(crlPlan, `"7"`, `"x"`),
-		"is none of RFC 5280 5.3.1":            change(crlPlan, "reason: 1", "reason: 7"),
+		"reason 7 is none that RFC 5280":       change(crlPlan, "reason: 1", "reason: 7"),
 		"is after thisUpdate":                  change(crlPlan, "at: 2027-01-30", "at: 2027-02-01"),
 		"key.create is given":                  change(crlPlan, `object=mesh"`, `object=mesh", create: P-256`),
+		"key.timeout 30ns is less than a":      change(rootPlan, `object=mesh"`, `object=mesh", timeout: 30`),
+		"cannot unmarshal":                     change(rootPlan, `object=mesh"`, `object=mesh", timeout: soon`),
+		"field pin not found":                  change(rootPlan, `object=mesh"`, `object=mesh", pin: "1"`),
+		"are the same file":                    change(rootPlan, "record: root.json", "record: ./x/../root.pem"),
+		"reason 8 is none that RFC 5280":       change(crlPlan, "reason: 1", "reason: 8"),
 		"lint":                                 change(rootPlan, "commonName: Mesh Root", "commonName: "+strings.Repeat("long", 17)),
 	} {
 		p, err := load(t, folder, plan)
@@ -296,14 +394,32 @@ func TestACRLGoesOnFromTheOneBefore(t *testing.T) {
 	}
 }
 
-func TestTheRecordHasWhatAnAuditorNeeds(t *testing.T) {
-	key := newKey(t, elliptic.P256())
-	prepared, signed := perform(t, t.TempDir(), rootPlan, key)
-	record, err := prepared.Record(signed)
+func TestACRLIsLintedBeforeItIsSignedAndAfterIt(t *testing.T) {
+	key, folder := newKey(t, elliptic.P256()), t.TempDir()
+	perform(t, folder, rootPlan, key)
+	plan, err := load(t, folder, crlPlan)
 	if err != nil {
 		t.Fatal(err)
 	}
-	text, err := record.JSON()
+	prepared, err := plan.Prepare(key.Public(), now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What no plan can say: it is refused before.
+	prepared.list.RevokedCertificateEntries[0].RevocationTime = prepared.list.ThisUpdate.Add(time.Second)
+	const lint = "is not as RFC 5280 has it: lint: e_crl_revocation_time_after_this_update"
+	if err := prepared.rehearse(); err == nil || !strings.Contains(err.Error(), "what would be signed "+lint) {
+		t.Errorf("before: %v", err)
+	}
+	if _, err := prepared.Sign(key); err == nil || !strings.Contains(err.Error(), "nothing is written: the CRL "+lint) {
+		t.Errorf("after: %v", err)
+	}
+}
+
+func TestTheRecordHasWhatAnAuditorNeeds(t *testing.T) {
+	key := newKey(t, elliptic.P256())
+	prepared, signed := perform(t, t.TempDir(), rootPlan, key)
+	text, err := prepared.Record(&Record{User: "somebody"}, signed)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -312,7 +428,7 @@ func TestTheRecordHasWhatAnAuditorNeeds(t *testing.T) {
 		t.Fatal(err)
 	}
 	if read.Plan != rootPlan || read.PlanSHA256 != sum([]byte(rootPlan)) || read.TBSSHA256 != sum(prepared.TBS) || read.SHA256 != sum(signed.DER) || read.Outcome != string(signed.PEM) ||
-		len(read.Operators) != 2 {
+		len(read.Operators) != 2 || read.User != "somebody" {
 		t.Errorf("the record is %s", text)
 	}
 }

@@ -2,6 +2,7 @@ package ceremony
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -51,11 +52,17 @@ type Plan struct {
 	folder string
 }
 
-// Key is the key that signs.
+// Key is the key that signs, and how its token is spoken to.
 type Key struct {
-	URI    string     `yaml:"uri"`    // of the token and the key on it
-	Create ca.KeySpec `yaml:"create"` // root: the kind of key that is made on the token; "": it is there already
+	URI              string        `yaml:"uri"`              // of the token and the key on it
+	Create           ca.KeySpec    `yaml:"create"`           // root: the kind of key that is made on the token; "": it is there already
+	ModuleParameters string        `yaml:"moduleParameters"` // what the token's module is initialised with, for those that want it
+	Timeout          time.Duration `yaml:"timeout"`          // of a call of the module; 0: DefaultTimeout
+	AllowExportable  bool          `yaml:"allowExportable"`  // sign although the token says that the key can be exported, or was not made on it
 }
+
+// DefaultTimeout is long: a ceremony is not in a hurry.
+const DefaultTimeout = 30 * time.Second
 
 // Subject is a name (RFC 5280 4.1.2.6).
 type Subject struct {
@@ -109,6 +116,7 @@ func Load(path string) (*Plan, error) {
 	if err := p.check(); err != nil {
 		return nil, fmt.Errorf("the plan %s: %w", path, err)
 	}
+	p.Key.Timeout = cmp.Or(p.Key.Timeout, DefaultTimeout)
 	return p, nil
 }
 
@@ -147,10 +155,13 @@ func (p *Plan) check() error {
 	if p.Key.Create != "" && p.Make != MakeRoot {
 		refuse("key.create is given, and only a root's key is made in a ceremony")
 	}
+	if p.Key.Timeout != 0 && p.Key.Timeout < time.Second {
+		refuse("key.timeout %s is less than a second: write it with its unit, like 30s", p.Key.Timeout)
+	}
 	if p.PathLength != nil && (!certificate || *p.PathLength < 0 || *p.PathLength > 10) {
 		refuse("pathLength is for root and intermediate, from 0 to 10")
 	}
-	if p.Out.File != "" && p.Out.File == p.Out.Record {
+	if p.Out.File != "" && p.path(p.Out.File) == p.path(p.Out.Record) {
 		refuse("out.file and out.record are the same file")
 	}
 	return errors.Join(errs...)
@@ -159,7 +170,7 @@ func (p *Plan) check() error {
 // path is where a file of the plan is.
 func (p *Plan) path(name string) string {
 	if filepath.IsAbs(name) {
-		return name
+		return filepath.Clean(name)
 	}
 	return filepath.Join(p.folder, name)
 }

@@ -1,7 +1,6 @@
 package ceremony
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -14,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,23 +23,47 @@ import (
 // Prepared is what will be signed.
 type Prepared struct {
 	Plan   *Plan
-	TBS    []byte            // TBSCertificate or TBSCertList (RFC 5280 4.1, 5.1), in DER; nil while the key is not made
+	TBS    []byte            // TBSCertificate or TBSCertList (RFC 5280 4.1, 5.1), in DER
+	Open   bool              // the key is still to be made: another one stands in TBS for it
 	Issuer *x509.Certificate // of the key that signs; nil for a root
+	Inputs []Input           // files that the plan names
 
-	template *x509.Certificate
-	list     *x509.RevocationList
-	subject  crypto.PublicKey // that is certified
-	signer   crypto.PublicKey // that signs; nil while it is not made
+	template  *x509.Certificate
+	list      *x509.RevocationList
+	subject   crypto.PublicKey // that is certified
+	signer    crypto.PublicKey // that signs
+	rehearsed rehearsed
+}
+
+// Input is a file that a plan names, as it was read.
+type Input struct {
+	Key    string `json:"key"` // of the plan
+	File   string `json:"file"`
+	SHA256 string `json:"sha256"`
+}
+
+// rehearsed is a certificate or a CRL, whichever a plan makes, with a signature of no worth.
+type rehearsed struct {
+	cert *x509.Certificate
+	list *x509.RevocationList
 }
 
 // shortestSerial is how many bits a new serial number has at least.
 const shortestSerial = 64
 
-// Prepare makes what will be signed with the key whose public half is signer. For a root whose key is still to be made signer is nil: then everything but that is checked.
+// Prepare makes what will be signed with the key whose public half is signer, and lints it. All of it follows from the plan, the files that it names and the key. For a root whose key is
+// still to be made signer is nil: then a key that is thrown away stands in for it.
 func (p *Plan) Prepare(signer crypto.PublicKey, now time.Time) (*Prepared, error) {
 	r := &Prepared{Plan: p, signer: signer}
+	if signer == nil {
+		standIn, err := ca.GenerateKey(p.Key.Create)
+		if err != nil {
+			return nil, fmt.Errorf("key.create: %w", err)
+		}
+		r.signer, r.Open = standIn.Public(), true
+	}
 	if p.Issuer != "" {
-		issuer, err := p.certificate("issuer", p.Issuer)
+		issuer, err := r.certificate("issuer", p.Issuer)
 		if err != nil {
 			return nil, err
 		}
@@ -59,9 +81,6 @@ func (p *Plan) Prepare(signer crypto.PublicKey, now time.Time) (*Prepared, error
 	if err != nil {
 		return nil, err
 	}
-	if r.signer == nil {
-		return r, nil
-	}
 	if err := r.rehearse(); err != nil {
 		return nil, err
 	}
@@ -71,8 +90,8 @@ func (p *Plan) Prepare(signer crypto.PublicKey, now time.Time) (*Prepared, error
 // Digest is the SHA-256 of what will be signed, by which two people can make sure that they speak of the same.
 func (r *Prepared) Digest() [32]byte { return sha256.Sum256(r.TBS) }
 
-func (p *Plan) certificate(key, name string) (*x509.Certificate, error) {
-	block, err := p.block(key, name, "CERTIFICATE")
+func (r *Prepared) certificate(key, name string) (*x509.Certificate, error) {
+	block, err := r.block(key, name, "CERTIFICATE")
 	if err != nil {
 		return nil, err
 	}
@@ -84,11 +103,13 @@ func (p *Plan) certificate(key, name string) (*x509.Certificate, error) {
 }
 
 // block reads the first PEM block of a file, which is of that type.
-func (p *Plan) block(key, name, kind string) ([]byte, error) {
-	text, err := readFile(p.path(name), maxInput)
+func (r *Prepared) block(key, name, kind string) ([]byte, error) {
+	path := r.Plan.path(name)
+	text, err := readFile(path, maxInput)
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", key, err)
 	}
+	r.Inputs = append(r.Inputs, Input{key, path, sum(text)})
 	block, _ := pem.Decode(text)
 	if block == nil || block.Type != kind {
 		return nil, fmt.Errorf("%s %s does not begin with a PEM block %s", key, name, kind)
@@ -136,9 +157,6 @@ func (r *Prepared) prepareCertificate(now time.Time) error {
 			return err
 		}
 	}
-	if r.subject == nil {
-		return nil
-	}
 	if err := ca.CheckAuthorityKey(r.subject); err != nil {
 		return fmt.Errorf("the public key: %w", err)
 	}
@@ -150,7 +168,7 @@ func (r *Prepared) prepareCertificate(now time.Time) error {
 
 // underIssuer takes the public key from the CSR, and makes sure that what is signed fits under its issuer (I3, RFC 5280 6.1).
 func (r *Prepared) underIssuer() error {
-	der, err := r.Plan.block("csr", r.Plan.CSR, "CERTIFICATE REQUEST")
+	der, err := r.block("csr", r.Plan.CSR, "CERTIFICATE REQUEST")
 	if err != nil {
 		return err
 	}
@@ -229,8 +247,8 @@ func (r *Prepared) prepareCRL(now time.Time) error {
 		if at.After(from) {
 			return fmt.Errorf("%sat %s is after thisUpdate %s", where, revoked.At, c.ThisUpdate)
 		}
-		if revoked.Reason < 0 || revoked.Reason > 10 || revoked.Reason == 7 {
-			return fmt.Errorf("%sreason %d is none of RFC 5280 5.3.1", where, revoked.Reason)
+		if revoked.Reason < 0 || revoked.Reason > 10 || revoked.Reason == 7 || revoked.Reason == 8 { // 8 is for delta CRLs
+			return fmt.Errorf("%sreason %d is none that RFC 5280 5.3.1 has for a CRL that is whole", where, revoked.Reason)
 		}
 		if listed[serial.String()] {
 			return fmt.Errorf("%sserial %s is there twice", where, revoked.Serial)
@@ -247,7 +265,7 @@ func (r *Prepared) after(listed map[string]bool) error {
 	if name == "" {
 		return nil
 	}
-	der, err := r.Plan.block("crl.before", name, "X509 CRL")
+	der, err := r.block("crl.before", name, "X509 CRL")
 	if err != nil {
 		return err
 	}
@@ -280,19 +298,17 @@ func (r *Prepared) rehearse() error {
 		return err
 	}
 	if r.list != nil {
-		list, err := x509.ParseRevocationList(der)
-		if err != nil {
+		if r.rehearsed.list, err = x509.ParseRevocationList(der); err != nil {
 			return fmt.Errorf("reading back the CRL: %w", err)
 		}
-		r.TBS = list.RawTBSRevocationList
-		return nil
+		r.TBS, err = r.rehearsed.list.RawTBSRevocationList, ca.LintCRL(der)
+	} else {
+		if r.rehearsed.cert, err = x509.ParseCertificate(der); err != nil {
+			return fmt.Errorf("reading back the certificate: %w", err)
+		}
+		r.TBS, err = r.rehearsed.cert.RawTBSCertificate, ca.Lint(der)
 	}
-	cert, err := x509.ParseCertificate(der)
 	if err != nil {
-		return fmt.Errorf("reading back the certificate: %w", err)
-	}
-	r.TBS = cert.RawTBSCertificate
-	if err := ca.Lint(der); err != nil {
 		return fmt.Errorf("what would be signed is not as RFC 5280 has it: %w", err)
 	}
 	return nil
@@ -357,49 +373,3 @@ func sameKey(a, b crypto.PublicKey) bool {
 	key, ok := a.(interface{ Equal(crypto.PublicKey) bool })
 	return ok && b != nil && key.Equal(b)
 }
-
-// Describe says for people what will be signed.
-func (r *Prepared) Describe() string {
-	var text strings.Builder
-	line := func(name, format string, args ...any) {
-		fmt.Fprintf(&text, "%-18s %s\n", name, fmt.Sprintf(format, args...))
-	}
-	line("make", "%s: %s", r.Plan.Make, r.Plan.Purpose)
-	if r.list != nil {
-		line("issuer", "%s", r.Issuer.Subject)
-		line("number", "%s", r.list.Number)
-		line("this update", "%s", r.list.ThisUpdate.Format(time.RFC3339))
-		line("next update", "%s", r.list.NextUpdate.Format(time.RFC3339))
-		for _, entry := range r.list.RevokedCertificateEntries {
-			line("revoked", "%x at %s, reason %d", entry.SerialNumber, entry.RevocationTime.Format(time.RFC3339), entry.ReasonCode)
-		}
-	} else {
-		line("subject", "%s", r.template.Subject)
-		if r.Issuer != nil {
-			line("issuer", "%s", r.Issuer.Subject)
-		} else {
-			line("issuer", "itself")
-		}
-		line("serial", "%x", r.template.SerialNumber)
-		line("not before", "%s", r.template.NotBefore.Format(time.RFC3339))
-		line("not after", "%s", r.template.NotAfter.Format(time.RFC3339))
-		line("basicConstraints", "critical, cA true, path length %d", r.template.MaxPathLen)
-		line("keyUsage", "critical, keyCertSign, cRLSign")
-		for _, uri := range r.template.URIs {
-			line("subjectAltName", "URI %s", uri)
-		}
-		if r.subject != nil {
-			line("public key", "%s, identifier %x", ca.KeyType(r.subject), r.template.SubjectKeyId)
-		}
-	}
-	if r.signer == nil {
-		line("key", "%s, to be made on the token", r.Plan.Key.Create)
-		return text.String()
-	}
-	line("signature", "%s", algorithm(r.signer))
-	line("to be signed", "%d octets, SHA-256 %x", len(r.TBS), r.Digest())
-	return text.String()
-}
-
-// equalTBS says whether something is what was prepared.
-func (r *Prepared) equalTBS(tbs []byte) bool { return bytes.Equal(r.TBS, tbs) }

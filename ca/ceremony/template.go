@@ -20,6 +20,9 @@ operators: []              # required; who is there
 key:
   # The token and the key that signs (RFC 7512). The PIN is read from its file, and never shown.
   uri: "pkcs11:token=LABEL;object=KEY?module-path=/PATH/MODULE.so&pin-source=file:/PATH/PIN"
+  moduleParameters: ""     # what the module is initialised with, for those that want it
+  timeout: 30s             # of a call of the module
+  allowExportable: false   # true: sign although the token says that the key can be exported, or was not made on it
 `
 	certificate := `subject: {commonName: "", organization: ""}
 trustDomain: ""            # stands as spiffe://NAME in the certificate; "": none

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"context"
-	"crypto"
 	"errors"
 	"fmt"
 	"os"
@@ -11,26 +9,24 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"kedge/ca"
 	"kedge/ca/ceremony"
 	"kedge/hsm"
 	"kedge/plugins/pkcs11"
 )
 
 func newCeremonyCommand() *cobra.Command {
-	f := &tokenFlags{}
-	var dry, allow bool
+	var dry bool
 	var template string
 	c := &cobra.Command{
 		Use: "ceremony PLAN", Short: "Sign a root, an issuing CA's CSR or a CRL with a key on a token, as a plan says",
 		Long: `Make the certificate of a root on a token, sign that of an issuing CA from its CSR, or sign a CRL. The plan, a file that others can review, is the whole input.
 
   kedge ceremony --template root > plan.yaml     a plan to fill in: root, intermediate or crl
-  kedge ceremony plan.yaml --dry-run             exactly what will be signed, with its SHA-256; nothing is made or signed
+  kedge ceremony plan.yaml --dry-run             exactly what will be signed, to the octet; nothing is made, signed or written
   kedge ceremony plan.yaml                       does it
 
-What is to be signed is linted before it is signed, and what was signed is verified before it is written. Nothing is overwritten. Beside the outcome a record is written: who, when, the
-plan, the token and what it says of the key, and the hashes.`,
+What is to be signed is linted before it is signed, and what was signed is verified and linted before it is written. Nothing is overwritten. Beside the outcome a record is written: who,
+when, the plan, the token and what it says of the key, and the hashes. A run that was cut short is run again: it says what is there by now, and goes on or says how.`,
 		Args: func(c *cobra.Command, args []string) error {
 			if template != "" {
 				return arguments()(c, args)
@@ -50,116 +46,161 @@ plan, the token and what it says of the key, and the hashes.`,
 			if err != nil {
 				return usageError{err}
 			}
-			return perform(c, f, plan, dry, allow)
+			return perform(c, plan, dry)
 		},
 	}
-	f.add(c)
 	c.Flags().BoolVar(&dry, "dry-run", false, "show exactly what will be signed, and do nothing")
 	c.Flags().StringVar(&template, "template", "", "print a plan to fill in: root, intermediate or crl")
-	c.Flags().BoolVar(&allow, "allow-exportable-key", false, "sign although the token says that the key can be exported or was not made on it; the record says so")
 	return c
 }
 
-// perform does what a plan says.
-func perform(c *cobra.Command, f *tokenFlags, plan *ceremony.Plan, dry, allow bool) error {
-	began := time.Now()
-	file, recordFile := plan.Files()
-	for _, path := range []string{file, recordFile} {
-		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("%s is there already, and nothing is overwritten: name another file in the plan, or move it away", path)
-		}
+// perform does what a plan says. All that can be found wrong is found before a key is made or signs: the names are free, their folders can be written to, and what will be signed is good.
+func perform(c *cobra.Command, plan *ceremony.Plan, dry bool) error {
+	r := performance{Plan: plan, now: time.Now()}
+	if err := r.begin(); err != nil {
+		return err
 	}
-	if plan.Key.Create != "" { // what is wrong with the plan is found before a key is made for it
-		throwaway, err := ca.GenerateKey(plan.Key.Create)
-		if err == nil {
-			_, err = plan.Prepare(throwaway.Public(), began)
-		}
-		if err != nil {
+	defer r.token.Close()
+	left, err := plan.Left()
+	switch {
+	case err != nil:
+		return err
+	case left != nil:
+		return r.complete(c, left, dry)
+	case plan.Key.Create != "":
+		if r.prepared, err = plan.Prepare(nil, r.now); err != nil {
 			return fmt.Errorf("nothing is made or signed: %w", err)
 		}
 	}
-	token, uri, err := f.open(c, plan.Key.URI)
-	if err != nil {
-		return err
-	}
-	defer token.Close()
-	signer, key, made, err := ceremonyKey(c.Context(), token, uri, plan, dry)
-	if err != nil {
-		return err
-	}
-	var public crypto.PublicKey
-	if signer != nil {
-		public = signer.Public()
-		if err := pkcs11.Acceptable(key, allow); err != nil {
-			return fmt.Errorf("%w (--allow-exportable-key signs with it all the same)", err)
-		}
-	}
-	prepared, err := plan.Prepare(public, began)
-	if err != nil {
-		return fmt.Errorf("nothing is signed: %w", err)
-	}
-	fmt.Fprint(c.OutOrStdout(), prepared.Describe())
 	if dry {
+		if err := r.prepare(c, false); err != nil {
+			return err
+		}
 		fmt.Fprintln(c.ErrOrStderr(), "nothing was made, signed or written: this was a dry run")
 		return nil
 	}
-	// All that the record says beside the outcome is known before there is one.
-	info, err := token.Info(c.Context())
+	file, recordFile := plan.Files()
+	err = newFile(file, func(outcome *os.File) error {
+		return newFile(recordFile, func(record *os.File) error { // gets its name first: what was signed is not without one
+			return r.sign(c, outcome, record)
+		})
+	})
 	if err != nil {
 		return err
 	}
-	host, err := os.Hostname()
-	if err != nil {
-		return fmt.Errorf("finding this machine's name for the record: %w", err)
+	fmt.Fprintf(c.ErrOrStderr(), "signed and verified: %s, with SHA-256 %s; the record is %s\n", file, r.record.SHA256, recordFile)
+	return nil
+}
+
+// performance is a ceremony while it is under way.
+type performance struct {
+	*ceremony.Plan
+	now      time.Time // of its begin
+	uri      hsm.URI
+	token    *hsm.Token
+	signer   *hsm.Signer // nil while it is not made
+	key      hsm.Key
+	prepared *ceremony.Prepared
+	record   ceremony.Record // gets full step by step, so that nothing is signed of which the record cannot be written
+}
+
+// begin asks the token for nothing.
+func (r *performance) begin() (err error) {
+	if r.token, r.uri, err = openToken(r.Key.URI, r.Key.ModuleParameters, r.Key.Timeout); err != nil {
+		return fmt.Errorf("key.uri of the plan: %w", err)
+	}
+	if r.uri.Object == "" && (len(r.uri.ID) == 0 || r.Key.Create != "") {
+		return usageError{errors.New("key.uri of the plan names no key: write object=LABEL")}
 	}
 	who, err := user.Current()
 	if err != nil {
 		return fmt.Errorf("finding the user for the record: %w", err)
 	}
-	signed, err := prepared.Sign(signer)
-	if err != nil {
-		return err
+	if r.record.Host, err = os.Hostname(); err != nil {
+		return fmt.Errorf("finding this machine's name for the record: %w", err)
 	}
-	record, err := prepared.Record(signed)
-	if err != nil {
-		return err
-	}
-	uri.PINSource = hsm.PINSource{}
-	record.Token = ceremony.Token{URI: uri.String(), Label: info.Label, Serial: info.Serial, Model: info.Model, Module: info.Module, KeyMade: made, Attributes: attributesOf(key)}
-	record.Program, record.Began, record.Ended = "kedge "+version, began.UTC(), time.Now().UTC()
-	record.Host = host
-	record.User = fmt.Sprintf("%s (uid %s)", who.Username, who.Uid)
-	text, err := record.JSON()
-	if err != nil {
-		return err
-	}
-	// The record first: what was signed is not without one.
-	if err := newFile(recordFile, func(f *os.File) error { _, err := f.Write(text); return err }); err != nil {
-		return err
-	}
-	if err := newFile(file, func(f *os.File) error { _, err := f.Write(signed.PEM); return err }); err != nil {
-		return fmt.Errorf("%w; what was signed is in the record %s, under outcome", err, recordFile)
-	}
-	fmt.Fprintf(c.ErrOrStderr(), "signed and verified: %s, with SHA-256 %s; the record is %s\n", file, record.SHA256, recordFile)
+	r.record.User, r.record.Program, r.record.Began = fmt.Sprintf("%s (uid %s)", who.Username, who.Uid), "kedge "+version, r.now.UTC()
 	return nil
 }
 
-// ceremonyKey finds the key of a plan. One that is to be made is made, but not in a dry run; when it is there already, from a run that was cut short, that is said.
-func ceremonyKey(ctx context.Context, token *hsm.Token, uri hsm.URI, plan *ceremony.Plan, dry bool) (signer *hsm.Signer, key hsm.Key, made bool, err error) {
-	signer, key, err = token.FindObject(ctx)
+// prepare finds the key, or makes it when the plan says so and it is time, and shows what will be signed. A key that should be made and is there already is an error: it may be that of a run that
+// was cut short, and it may be somebody else's.
+func (r *performance) prepare(c *cobra.Command, timeToMake bool) (err error) {
+	create := r.Plan.Key.Create
+	r.signer, r.key, err = r.token.FindObject(c.Context())
 	switch {
-	case plan.Key.Create == "":
-		return signer, key, false, err
-	case err == nil:
-		return nil, key, false, fmt.Errorf("the %s is on the token already, and the plan is to make one: say create: \"\" in the plan to use it, or name another", key)
-	case !errors.Is(err, hsm.ErrNotFound):
-		return nil, key, false, err
-	case dry:
-		return nil, key, false, nil
+	case err == nil && create != "":
+		return fmt.Errorf("the %s is on the token already, and the plan is to make one. If a run of this plan was cut short it is that run's: 'kedge key inspect' shows it, and with create: \"\" in the "+
+			"plan it signs. Else name another key in the plan", r.key)
+	case create != "" && errors.Is(err, hsm.ErrNotFound) && timeToMake:
+		r.signer, r.key, err = createKey(c.Context(), r.token, r.uri, hsm.Spec(create))
+	case create != "" && errors.Is(err, hsm.ErrNotFound):
+		err = nil
 	}
-	if key, err = createKey(ctx, token, uri, hsm.Spec(plan.Key.Create)); err != nil {
-		return nil, key, false, err
+	if err != nil {
+		return err
 	}
-	signer, key, err = token.FindObject(ctx)
-	return signer, key, true, err
+	if r.signer != nil {
+		if err := pkcs11.Acceptable(r.key, r.Plan.Key.AllowExportable); err != nil {
+			return fmt.Errorf("%w; in a plan that is key.allowExportable: true", err)
+		}
+		if r.prepared, err = r.Prepare(r.signer.Public(), r.now); err != nil {
+			return fmt.Errorf("nothing is signed: %w", err)
+		}
+	}
+	_, err = fmt.Fprint(c.OutOrStdout(), r.prepared.Describe())
+	return err
+}
+
+// sign has the key sign, and fills the two files.
+func (r *performance) sign(c *cobra.Command, outcome, record *os.File) error {
+	if err := r.prepare(c, true); err != nil {
+		return err
+	}
+	info, err := r.token.Info(c.Context())
+	if err != nil {
+		return err
+	}
+	uri := r.uri
+	uri.PINSource = hsm.PINSource{}
+	r.record.Token = ceremony.Token{URI: uri.String(), Label: info.Label, Serial: info.Serial, Manufacturer: info.Manufacturer, Model: info.Model, Firmware: info.Firmware, Module: info.Module,
+		Library: info.Library, KeyLabel: r.key.Label, KeyID: r.key.ID.String(), KeyType: kindOf(r.key), KeyMade: r.Plan.Key.Create != "", Attributes: attributesOf(r.key)}
+	signed, err := r.prepared.Sign(r.signer)
+	if err != nil {
+		return err
+	}
+	r.record.Ended = time.Now().UTC()
+	text, err := r.prepared.Record(&r.record, signed)
+	if err != nil {
+		return err
+	}
+	if _, err := record.Write(text); err != nil {
+		return err
+	}
+	_, err = outcome.Write(signed.PEM)
+	return err
+}
+
+// complete writes the outcome that a run of the same plan has left in its record, when it is what the key on the token signed.
+func (r *performance) complete(c *cobra.Command, left *ceremony.Record, dry bool) (err error) {
+	file, recordFile := r.Files()
+	if r.signer, r.key, err = r.token.FindObject(c.Context()); err != nil {
+		return err
+	}
+	if r.prepared, err = r.Prepare(r.signer.Public(), r.now); err != nil {
+		return err
+	}
+	signed, err := r.prepared.Complete(left)
+	if err != nil {
+		return fmt.Errorf("%s says that it is of a run of this plan, and what was signed in it is not good: see where it comes from, and move it away: %w", recordFile, err)
+	}
+	if dry {
+		fmt.Fprintf(c.ErrOrStderr(), "%s is of a run of this plan that was cut short: what was signed is in it, is good, and would be written to %s; this was a dry run\n", recordFile, file)
+		return nil
+	}
+	if err := newFile(file, func(f *os.File) error { _, err := f.Write(signed.PEM); return err }); err != nil {
+		return err
+	}
+	fmt.Fprintf(c.ErrOrStderr(), "signed by a run that was cut short, and verified: %s, with SHA-256 %s; the record is %s\n", file, left.SHA256, recordFile)
+	return nil
 }

@@ -9,7 +9,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -23,7 +22,7 @@ import (
 	"kedge/plugins/pkcs11"
 )
 
-// tokenFlags say how a token is spoken to by the verbs that work without a configuration.
+// tokenFlags say how a token is spoken to by the verbs that work without a configuration or a plan.
 type tokenFlags struct {
 	parameters string
 	timeout    time.Duration
@@ -34,13 +33,17 @@ func (f *tokenFlags) add(c *cobra.Command) {
 	c.PersistentFlags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how long a call of the module may take")
 }
 
-func (f *tokenFlags) open(c *cobra.Command, text string) (*hsm.Token, hsm.URI, error) {
+func (f *tokenFlags) open(text string) (*hsm.Token, hsm.URI, error) {
+	return openToken(text, f.parameters, f.timeout)
+}
+
+// openToken asks the token for nothing. Nothing is logged: the error says it.
+func openToken(text, parameters string, timeout time.Duration) (*hsm.Token, hsm.URI, error) {
 	uri, err := hsm.ParseURI(text)
 	if err != nil {
 		return nil, uri, usageError{err}
 	}
-	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: f.parameters, Deadline: f.timeout, Sessions: 1, StateDir: userTokens(),
-		Logger: slog.New(slog.NewTextHandler(c.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelError + 1}))}) // the error says it
+	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: parameters, Deadline: timeout, Sessions: 1, StateDir: userTokens()})
 	return token, uri, err
 }
 
@@ -90,7 +93,7 @@ func newKeyListCommand(f *tokenFlags) *cobra.Command {
 	c := &cobra.Command{
 		Use: "list URI", Short: "List the private keys on a token", Args: arguments("URI"),
 		RunE: func(c *cobra.Command, args []string) error {
-			token, _, err := f.open(c, args[0])
+			token, _, err := f.open(args[0])
 			if err != nil {
 				return err
 			}
@@ -139,7 +142,7 @@ func newKeyInspectCommand(f *tokenFlags) *cobra.Command {
 		Long: `Show the one key that the URI's object and id name: what the token says of it, its public half, and whether it is good enough for an authority. It signs something of no
 meaning, and the signature is verified.`,
 		RunE: func(c *cobra.Command, args []string) error {
-			token, _, err := f.open(c, args[0])
+			token, _, err := f.open(args[0])
 			if err != nil {
 				return err
 			}
@@ -218,12 +221,12 @@ left alone, and is an error.`,
 				}
 				return usageError{fmt.Errorf("--type is %q: name one of %s", kind, strings.Join(names, ", "))}
 			}
-			token, uri, err := f.open(c, args[0])
+			token, uri, err := f.open(args[0])
 			if err != nil {
 				return err
 			}
 			defer token.Close()
-			key, err := createKey(c.Context(), token, uri, hsm.Spec(kind))
+			_, key, err := createKey(c.Context(), token, uri, hsm.Spec(kind))
 			if err != nil {
 				return err
 			}
@@ -236,17 +239,16 @@ left alone, and is an error.`,
 }
 
 // createKey makes a key with the name that a URI gives it.
-func createKey(ctx context.Context, token *hsm.Token, uri hsm.URI, spec hsm.Spec) (hsm.Key, error) {
+func createKey(ctx context.Context, token *hsm.Token, uri hsm.URI, spec hsm.Spec) (*hsm.Signer, hsm.Key, error) {
 	if uri.Object == "" {
-		return hsm.Key{}, usageError{errors.New("the URI names no key: write object=LABEL")}
+		return nil, hsm.Key{}, usageError{errors.New("the URI names no key: write object=LABEL")}
 	}
 	id := uri.ID
 	if len(id) == 0 {
 		id = make([]byte, 16)
 		rand.Read(id) // never fails
 	}
-	_, key, err := token.Generate(ctx, spec, uri.Object, id)
-	return key, err
+	return token.Generate(ctx, spec, uri.Object, id)
 }
 
 // userTokens is where it is remembered for this user that a token has refused a PIN: a token locks itself after a few. "" where the user has no folder for such things.
