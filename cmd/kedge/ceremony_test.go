@@ -14,6 +14,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -328,10 +329,11 @@ func (r rites) stopped(t *testing.T) (c *exec.Cmd, drain func()) {
 	}
 	t.Cleanup(func() { _ = c.Process.Kill() }) // fails when it has ended
 	process.Eventually(t, "the key to be made", func() error {
-		if keys := r.keys(t); len(keys) == 0 {
-			return errors.New("there is none")
+		objects, err := filepath.Glob(filepath.Join(r.part.Dir, "tokens", "*", "*.object"))
+		if err == nil && len(objects) < 3 { // the token, and the two halves
+			err = fmt.Errorf("the token has %d objects", len(objects))
 		}
-		return nil
+		return err
 	})
 	return c, func() {
 		if _, err := bytes.NewBuffer(nil).ReadFrom(read); err != nil {
@@ -355,4 +357,213 @@ func listing(t *testing.T, dir string) (text string) {
 		text += fmt.Sprintf("%s %s -> %q %x\n", entry.Name(), entry.Type(), target, sha256.Sum256(content))
 	}
 	return text
+}
+
+// killedAt holds a ceremony that is killed as it makes a system call for the nth time, and says whether it came so far. With a file it is the nth on that file. (strace counts the calls of each thread: which
+// one of a process is the nth varies.) Its module's process is left alone, and has ended by itself when this returns.
+func (r rites) killedAt(t *testing.T, plan, call string, nth int, file string) bool {
+	t.Helper()
+	log := filepath.Join(t.TempDir(), "strace")
+	args := []string{"--follow-forks", "--detach-on=execve", "--quiet=all", "--output=" + log, "--trace=" + call, fmt.Sprintf("--inject=%s:signal=KILL:when=%d", call, nth)}
+	if file != "" {
+		args = append(args, "--trace-path="+r.path(file))
+	}
+	shown, err := os.Create(r.path("shown"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer shown.Close() // the process has its own
+	said := new(bytes.Buffer)
+	c := exec.Command("strace", append(args, process.Binary(), "ceremony", plan)...)
+	c.Dir, c.Stdout, c.Stderr, c.SysProcAttr = r.dir, shown, said, &syscall.SysProcAttr{Setpgid: true}
+	var exit *exec.ExitError
+	if err := c.Run(); err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	process.Eventually(t, "the module's process to end", func() error {
+		if left, err := exec.Command("pgrep", "--pgroup", strconv.Itoa(c.Process.Pid), "--runstates", "R,S,D").Output(); err == nil {
+			return fmt.Errorf("it is still there: %s", left)
+		}
+		return nil
+	})
+	killed := strings.Contains(process.Read(t, log), "+++ killed by SIGKILL +++")
+	if killed == c.ProcessState.Success() {
+		t.Fatalf("%s, killed at %s %d: %s\n%s", plan, call, nth, c.ProcessState, said)
+	}
+	return killed
+}
+
+// there says which files of a plan there are.
+func (r rites) there(t *testing.T, plan string) (file, record bool) {
+	t.Helper()
+	is := func(name string) bool {
+		_, err := os.Lstat(r.path(name))
+		return err == nil
+	}
+	return is(plan + ".pem"), is(plan + ".json")
+}
+
+// finish runs root.yaml again after a run that was killed, and does what it says, until the root is there. It returns what that run had left.
+func (r rites) finish(t *testing.T) (left string) {
+	t.Helper()
+	file, record := r.there(t, "root")
+	keys := r.keys(t)
+	again, said, code := r.hold(t, "root.yaml")
+	plan := "root"
+	switch {
+	case file && !record || len(keys) > 1 || record && len(keys) == 0:
+		t.Fatalf("there is a file: %t, a record: %t, and there are %d keys", file, record, len(keys))
+	case file:
+		left = "all"
+		if code != 1 || !strings.Contains(said, "root.pem is there already, and nothing is overwritten") {
+			t.Errorf("all is there: exit code %d: %s", code, said)
+		}
+	case record:
+		left = "the record"
+		if code != 0 || !strings.HasPrefix(said, "signed by a run that was cut short, and verified: "+r.path("root.pem")) {
+			t.Errorf("the record is there: exit code %d: %s", code, said)
+		}
+	case len(keys) == 1:
+		left, plan = "the key", "again"
+		if code != 1 || !strings.Contains(said, "is on the token already, and the plan is to make one. If a run of this plan was cut short it is that run's") {
+			t.Errorf("the key is there: exit code %d: %s", code, said)
+		}
+		r.must(t, "again.yaml") // the same plan with create: ""
+	default:
+		left = "nothing"
+		if code != 0 {
+			t.Errorf("nothing is there: exit code %d: %s%s", code, again, said)
+		}
+	}
+	outcome, kept := process.Read(t, r.path(plan+".pem")), r.record(t, plan+".json")
+	after := r.keys(t)
+	if len(after) != 1 || len(keys) == 1 && after[0] != keys[0] || kept.PublicKey != after[0].SHA256 || kept.Outcome != outcome {
+		t.Errorf("after %s: the record is of the key %s and of\n%s, but there are the keys %v and\n%s", left, kept.PublicKey, kept.Outcome, after, outcome)
+	}
+	if out, err := exec.Command("openssl", "verify", "-CAfile", r.path(plan+".pem"), r.path(plan+".pem")).CombinedOutput(); err != nil {
+		t.Errorf("after %s: %v\n%s", left, err, out)
+	}
+	return left
+}
+
+// TestACeremonyThatIsKilledIsCompletedOrSaysHow kills it when the key is made, when it has signed, and when the record is there; then at each of its writes, whatever they are.
+func TestACeremonyThatIsKilledIsCompletedOrSaysHow(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		process.Impossible(t, "strace is not installed", err)
+		return
+	}
+	for _, c := range []struct{ call, file, left string }{
+		{"write", "shown", "the key"},
+		{"renameat2", "root.json", "the key"},
+		{"renameat2", "root.pem", "the record"},
+	} {
+		r := newRites(t, hsmparts.SoftHSM(t))
+		if !r.killedAt(t, "root.yaml", c.call, 1, c.file) {
+			t.Fatalf("it does not %s %s: is its way still this one?", c.call, c.file)
+		}
+		if left := r.finish(t); left != c.left {
+			t.Errorf("killed as it was to %s %s it left %s, and not %s", c.call, c.file, left, c.left)
+		}
+	}
+	left := map[string]int{}
+	for nth := 1; ; nth++ { // what it asks of the token it writes to the module's process
+		r := newRites(t, hsmparts.SoftHSM(t))
+		if !r.killedAt(t, "root.yaml", "write", nth, "") {
+			break
+		}
+		left[r.finish(t)]++
+	}
+	if left["nothing"] < 2 {
+		t.Errorf("the runs that were killed left %v: are they still killed on their way?", left)
+	}
+}
+
+// TestACeremonyThatIsKilledBetweenSigningAndWritingSignsTheSameOctetsAgain, since all of them follow from the plan.
+func TestACeremonyThatIsKilledBetweenSigningAndWritingSignsTheSameOctetsAgain(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		process.Impossible(t, "strace is not installed", err)
+		return
+	}
+	r := newRites(t, hsmparts.SoftHSM(t))
+	r.must(t, "root.yaml")
+	for _, plan := range []string{"issuing", "crl"} {
+		if !r.killedAt(t, plan+".yaml", "renameat2", 1, plan+".json") {
+			t.Fatalf("it does not rename %s.json", plan)
+		}
+		if file, record := r.there(t, plan); file || record {
+			t.Fatalf("it was not killed before it wrote (%t, %t)", file, record)
+		}
+		block, _ := pem.Decode([]byte(process.Read(t, r.path("shown"))))
+		r.must(t, plan+".yaml")
+		if block == nil || !bytes.Equal(block.Bytes, r.signedPart(t, plan+".pem")) {
+			t.Errorf("%s: the second run signed something else", plan)
+		}
+	}
+}
+
+// TestARecordThatSaysSomethingElseIsNotCompleted: it is a run's of the same plan, or says so, and what it says was signed is not what the plan says and the key signs.
+func TestARecordThatSaysSomethingElseIsNotCompleted(t *testing.T) {
+	r := newRites(t, hsmparts.SoftHSM(t))
+	r.must(t, "root.yaml")
+	r.must(t, "issuing.yaml")
+	record := process.Read(t, r.path("root.json"))
+	var outcome string
+	if err := json.Unmarshal([]byte(record[strings.LastIndex(record, `"outcome": `)+len(`"outcome": `):strings.LastIndex(record, "\n}")]), &outcome); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(r.path("root.pem")); err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode([]byte(outcome))
+	block.Bytes[len(block.Bytes)-1] ^= 1
+	for what, other := range map[string]string{"another certificate": process.Read(t, r.path("issuing.pem")), "a bad signature": string(pem.EncodeToMemory(block)), "nonsense": "nonsense"} {
+		process.Write(t, r.path("root.json"), strings.Replace(record, asJSON(t, outcome), asJSON(t, other), 1))
+		if _, said, code := r.hold(t, "root.yaml"); code != 1 || !strings.Contains(said, "what was signed in it is not good: see where it comes from, and move it away: ") {
+			t.Errorf("%s: exit code %d: %s", what, code, said)
+		}
+		if file, _ := r.there(t, "root"); file {
+			t.Errorf("%s is written", what)
+		}
+	}
+	process.Write(t, r.path("root.json"), record)
+	r.must(t, "root.yaml", "--dry-run")
+	if file, _ := r.there(t, "root"); file {
+		t.Error("a dry run writes")
+	}
+	if r.must(t, "root.yaml"); process.Read(t, r.path("root.pem")) != outcome {
+		t.Error("what is written is not what the record has")
+	}
+}
+
+// TestTheCommandsOfTheCeremoniesPageWorkAsPrinted, from an empty folder to a CA that issues.
+func TestTheCommandsOfTheCeremoniesPageWorkAsPrinted(t *testing.T) {
+	t.Parallel()
+	k, bin := process.New(t, ""), t.TempDir()
+	program, err := filepath.Abs(process.Binary())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(program, filepath.Join(bin, "kedge")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(k.Config); err != nil { // it is made
+		t.Fatal(err)
+	}
+	shell := exec.CommandContext(t.Context(), "sh", "-eux", "-c", strings.Join(fenced(t, "../../docs/ceremony.md", "sh"), "")+"sha256sum shown.der\n")
+	shell.Dir, shell.Env = k.Dir, append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "XDG_CONFIG_HOME="+k.Dir)
+	said, err := shell.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, said)
+	}
+	record := rites{dir: k.Dir}.record(t, "intermediate-ceremony.json")
+	if !strings.Contains(string(said), record.TBSSHA256+"  shown.der") {
+		t.Errorf("what was signed, %s, is not what was shown:\n%s", record.TBSSHA256, said)
+	}
+	process.Write(t, k.Config, process.Read(t, k.Config)+process.Ports)
+	k.Env = []string{"SOFTHSM2_CONF=" + filepath.Join(k.Dir, "softhsm2.conf")}
+	k.Start(t)
+	k.Ready(t, process.Patience)
+	k.Must(t, "token", "create", "--identity", "ns/default/sa/web", "--out", filepath.Join(k.Dir, "join"))
+	k.Must(t, "svid", "fetch", "--token-file", filepath.Join(k.Dir, "join"), "--out", filepath.Join(k.Dir, "svid"))
+	output(t, "openssl", "verify", "-CAfile", filepath.Join(k.Dir, "root.pem"), "-untrusted", filepath.Join(k.Dir, "svid", "cert-chain.pem"), filepath.Join(k.Dir, "svid", "cert-chain.pem"))
 }
