@@ -61,6 +61,8 @@ type CA struct {
 	trust atomic.Pointer[trust] // what is signed with and trusted now
 
 	change    chan struct{} // holds one element while authorities change: see lock
+	unsigned  atomic.Bool   // the active key did not sign when it was asked last
+	failing   chan struct{} // holds one element since it did not, until Run looks at it
 	problems  problems
 	destroyed map[ledger.Hash]bool // removed authorities whose keys are gone for certain; used by one goroutine
 }
@@ -86,7 +88,7 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 		keys: o.Keys, profiles: o.Profiles,
 		issuingLifetime: o.IssuingLifetime, issuingKey: o.IssuingKey, otherIssuers: o.OtherIssuers,
 		now: o.Clock.Wall, guarded: o.Guarded, log: o.Logger,
-		problems: problems{said: map[string]error{}}, change: make(chan struct{}, 1), destroyed: map[ledger.Hash]bool{},
+		problems: problems{said: map[string]error{}}, change: make(chan struct{}, 1), failing: make(chan struct{}, 1), destroyed: map[ledger.Hash]bool{},
 	}
 	c.clients = NewClientCertificates(o.TrustDomain, o.Ledger, o.Clock.Wall)
 	first := o.Ledger.Head().Number == 0
@@ -224,6 +226,7 @@ func (c *CA) Ready(ctx context.Context) error {
 		return err
 	}
 	if err := probeSignature(active); err != nil {
+		c.didNotSign()
 		return err
 	}
 	if err := c.ledger.Probe(ctx); err != nil {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/plugins/file"
+	"kedge/plugins/memory"
 )
 
 // fickleKey signs as it should until a test lets it do something else.
@@ -173,4 +175,112 @@ func TestAnIssuingCAWhoseKeyCannotBeOpenedAgainIsAProblem(t *testing.T) {
 	if err := f.open(t); err == nil || !strings.Contains(err.Error(), "taking up the new issuing CA") {
 		t.Errorf("error %v", err)
 	}
+}
+
+// remoteKeys is a key store that may be away, or lose a key (Delete) that signs.
+type remoteKeys struct {
+	memory.KeyStore
+	away atomic.Bool
+}
+
+func (s *remoteKeys) Open(ctx context.Context, ref string) (crypto.Signer, error) {
+	if s.away.Load() {
+		return nil, errors.New("the key store is away")
+	}
+	key, err := s.KeyStore.Open(ctx, ref)
+	return remoteKey{key, s, ref}, err
+}
+
+type remoteKey struct {
+	crypto.Signer
+	store *remoteKeys
+	ref   string
+}
+
+func (k remoteKey) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if _, err := k.store.Open(context.Background(), k.ref); err != nil {
+		return nil, errors.New("it does not say why")
+	}
+	return k.Signer.Sign(random, digest, opts)
+}
+
+// lose loses the key of the active issuing CA, which a caller finds.
+func (s *remoteKeys) lose(t *testing.T, f *fixture) {
+	t.Helper()
+	records, err := f.ledger.Authorities()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Delete(t.Context(), records[len(records)-1].KeyRef); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); !errors.Is(err, ca.ErrUnavailable) {
+		t.Errorf("a caller is told %v", err)
+	}
+}
+
+// TestAnIssuingCAWhoseKeyIsLostIsReplacedAtOnce, and not one whose key is only away.
+func TestAnIssuingCAWhoseKeyIsLostIsReplacedAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, keys := newFixture(t), &remoteKeys{}
+		f.keys = keys
+		f.mustOpen(t)
+		f.run(t)
+		first := f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+		keys.away.Store(true)
+		if _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); !errors.Is(err, ca.ErrUnavailable) {
+			t.Errorf("a caller is told %v", err)
+		}
+		pass(time.Hour)
+		if problems := f.ca.Problems(); len(problems) != 1 || !strings.HasPrefix(problems[0].Error(), "signing: the key of the issuing CA ") {
+			t.Errorf("problems %v", problems)
+		}
+		keys.away.Store(false)
+		if again := f.mustIssue(t, f.caller("/ns/default/sa/web"), 0); again.Authority != first.Authority || f.states(t) != "active" {
+			t.Errorf("a key store that was away made the states %q", f.states(t))
+		}
+		pass(5 * time.Second)
+		if problems := f.ca.Problems(); len(problems) > 0 {
+			t.Errorf("the key store is back, and there are the problems %v", problems)
+		}
+		keys.lose(t, f)
+		pass(time.Second) // commits take some of it
+		if next := f.mustIssue(t, f.caller("/ns/default/sa/web"), 0); next.Authority == first.Authority || f.states(t) != "retired active" {
+			t.Errorf("after the key was lost the states are %q", f.states(t))
+		}
+		pass(5 * time.Second)
+		if problems := f.ca.Problems(); len(problems) > 0 {
+			t.Errorf("problems %v", problems)
+		}
+	})
+}
+
+// TestWhileNothingCanBeSignedARenewalIsTriedMoreOften, however many callers come.
+func TestWhileNothingCanBeSignedARenewalIsTriedMoreOften(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, keys := newFixture(t), &remoteKeys{}
+		root := newWeakRoot(t, f)
+		f.root, f.keys = root, keys
+		f.mustOpen(t)
+		f.run(t)
+		synctest.Wait()
+		root.set(errors.New("the vault is sealed"))
+		keys.lose(t, f)
+		for range 600 {
+			if _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); !errors.Is(err, ca.ErrUnavailable) {
+				t.Errorf("a caller is told %v", err)
+			}
+			pass(time.Second)
+		}
+		var seconds []int
+		for _, pause := range root.pauses() {
+			seconds = append(seconds, int(pause/time.Second))
+		}
+		if want := []int{5, 10, 20, 30, 30, 30}; len(seconds) < len(want) || !slices.Equal(seconds[:len(want)], want) || slices.Max(seconds) > 30 {
+			t.Errorf("it was tried again after %d seconds", seconds)
+		}
+		root.set(nil)
+		pass(30 * time.Second)
+		f.mustIssue(t, f.caller("/ns/default/sa/web"), 0)
+	})
 }

@@ -170,6 +170,7 @@ func (p *Prepared) Sign(ctx context.Context) (*Signed, error) {
 	notAfter := earlier(now.Add(p.ttl), a.notAfter)
 	der, err := a.leaves.sign(leaf{serial: serial, uri: r.granted.caller.ID.String(), pub: r.pub, spki: r.spki, notBefore: notBefore, notAfter: notAfter})
 	if err != nil {
+		c.didNotSign()
 		return nil, Unavailable(fmt.Errorf("signing with the issuing CA %s: %w", a.short(), err))
 	}
 	return &Signed{prepared: p, serial: serial, der: der, notBefore: notBefore, notAfter: notAfter}, nil

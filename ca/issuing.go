@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 	"time"
 
@@ -19,11 +20,12 @@ const (
 	tick          = time.Minute     // how often Run looks whether something is due
 	retryRenewal  = 5 * time.Second // first wait after a failed renewal, doubled up to …
 	maxRetry      = 5 * time.Minute
-	renewalLimit  = time.Minute // how long one renewal may take
-	removalMargin = time.Hour   // how long after its last leaf expired an issuing CA is kept, for verifiers whose clock is behind
+	urgentRetry   = 30 * time.Second // … or up to this while nothing can be signed
+	renewalLimit  = time.Minute      // how long one renewal may take
+	removalMargin = time.Hour        // how long after its last leaf expired an issuing CA is kept, for verifiers whose clock is behind
 )
 
-// RenewIssuing makes sure that there is an issuing CA in the first half of its life, or the one that the root brings. The new one proves itself, enters
+// RenewIssuing makes sure that there is an issuing CA in the first half of its life whose key is there, or the one that the root brings. The new one proves itself, enters
 // the ledger as prepared, and becomes active in the same commit in which the old one retires; both stay valid and trusted, so that nothing that was
 // issued breaks. When there is nothing to do, it does nothing.
 func (c *CA) RenewIssuing(ctx context.Context) error {
@@ -48,7 +50,7 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 	// An active one whose life has not begun was made while the clock was ahead. One that is not covered from its first day on came with a
 	// restore: the CA that was lost may still sign with its key.
 	if t := c.now(); now.active != nil && now.active.key != nil && now.active.record.Coverage.Complete() &&
-		t.Before(now.active.halfLife()) && !t.Before(now.active.cert.NotBefore) {
+		t.Before(now.active.halfLife()) && !t.Before(now.active.cert.NotBefore) && !c.isLost(ctx, now.active) {
 		return nil
 	}
 	next, ref, err := c.makeIssuing(ctx, now)
@@ -59,6 +61,35 @@ func (c *CA) RenewIssuing(ctx context.Context) error {
 		return fmt.Errorf("making a new issuing CA: %w", err)
 	}
 	return c.replaceIssuing(ctx, now, next)
+}
+
+// didNotSign has Run look at the key of the active issuing CA at once, and then every few seconds until it signs again.
+func (c *CA) didNotSign() {
+	if !c.unsigned.CompareAndSwap(false, true) {
+		return
+	}
+	select {
+	case c.failing <- struct{}{}:
+	default: // Run has not come to the last one yet
+	}
+}
+
+// isLost says that the key of the active issuing CA does not sign, which is a problem until it does, and that its store does not have it any more: waiting would mend nothing.
+func (c *CA) isLost(ctx context.Context, active *authority) bool {
+	if !c.unsigned.Swap(false) {
+		return false
+	}
+	err := probeSignature(active)
+	c.Note("signing", err)
+	if err == nil {
+		return false
+	}
+	c.unsigned.Store(true)
+	if active.record.KeyRef == "" { // it came with the root
+		return false
+	}
+	_, err = c.keys.Open(ctx, active.record.KeyRef)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // replaceIssuing lets a new issuing CA take over.
@@ -147,7 +178,7 @@ func (c *CA) activate(ctx context.Context, t *trust, next *authority) error {
 }
 
 // Run renews and removes issuing CAs and prunes the ledger until ctx ends. What fails is tried again and is listed in Problems
-// until it works; a renewal that fails is tried again after 5 s, and then ever later, up to every 5 min.
+// until it works; a renewal that fails is tried again after 5 s, and then ever later, up to every 5 min, or every 30 s while nothing can be signed.
 func (c *CA) Run(ctx context.Context) error {
 	var house sync.WaitGroup
 	house.Go(func() { c.keepHouse(ctx) })
@@ -169,11 +200,18 @@ func (c *CA) Run(ctx context.Context) error {
 			renewal.Reset(0)
 		case <-anchors:
 			c.followNow(ctx)
+		case <-c.failing:
+			if retry == retryRenewal { // else it is being tried already
+				renewal.Reset(0)
+			}
 		case <-renewal.C:
 			if c.renew(ctx) == nil {
 				retry = retryRenewal
 				renewal.Reset(c.untilRenewal())
 				continue
+			}
+			if _, _, err := c.trust.Load().signer(c.now(), 0); err != nil || c.unsigned.Load() {
+				retry = min(retry, urgentRetry)
 			}
 			renewal.Reset(retry)
 			retry = min(2*retry, maxRetry)
@@ -211,6 +249,9 @@ func (c *CA) untilRenewal() time.Duration {
 	}
 	if active.record.KeyRef == "" { // what the root brings is replaced by what it brings next
 		return tick
+	}
+	if c.unsigned.Load() {
+		return retryRenewal
 	}
 	return min(tick, max(active.halfLife().Sub(c.now()), 0)+time.Second)
 }

@@ -125,7 +125,7 @@ func (c *CA) followRoots(ctx context.Context, given []*x509.Certificate) error {
 	}
 	if !common {
 		return fmt.Errorf("the configured root has the trust anchor %s, and none that the ledger has: workloads trust those of the ledger, and this CA would leave them "+
-			"behind. Put the root back that belongs to this data folder, or begin with a new data folder; to go over to another root, let both be trust anchors for a while", AuthorityID(given[0]))
+			"behind. Put the root back that belongs to this data folder, or begin with a new data folder; to go over to another root, let both be trust anchors for a while, the old one in the file root.anchorsFile", AuthorityID(given[0]))
 	}
 	next := current.Bundle
 	next.Sequence, next.Roots, next.Reason = current.Sequence+1, append([][]byte(nil), current.Roots...), ""
