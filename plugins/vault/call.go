@@ -65,6 +65,11 @@ func isMountGone(r *refusal) bool {
 	return r.says("no handler for route") || r.says("route entry not found")
 }
 
+// unanswered is a failure of the transport: no answer came.
+type unanswered struct{ error }
+
+func (u unanswered) Unwrap() error { return u.error }
+
 // send makes one call and decodes the answer into into, which may be nil. The error is not explained yet.
 func (c *connection) send(ctx context.Context, method, path string, body, into any) error {
 	var response *api.Response
@@ -107,7 +112,7 @@ func (c *connection) plain(err error) error {
 	if !errors.As(err, &answer) {
 		var wrapped *url.Error // its text has the method and the whole URL, which the explanation names better
 		if errors.As(err, &wrapped) {
-			err = wrapped.Err
+			err = unanswered{wrapped.Err}
 		}
 		if text := c.scrub(err.Error()); text != err.Error() {
 			return errors.New(text)
@@ -155,6 +160,8 @@ var capabilities = map[string]string{http.MethodGet: "read", http.MethodPut: "up
 
 func (c *Client) advice(err error, limit time.Duration, method, path string) string {
 	var network *net.OpError
+	var handshake net.Error
+	var transport unanswered
 	switch r := refused(err); {
 	case r == nil && errors.Is(err, context.Canceled):
 		return ""
@@ -162,7 +169,9 @@ func (c *Client) advice(err error, limit time.Duration, method, path string) str
 		return fmt.Sprintf("it did not answer within %s. Look at its load and at the network", limit)
 	case r == nil && isTrust(err):
 		return fmt.Sprintf("its certificate is not trusted under %s. Put the CA that issued it there, or name the server as its certificate does", c.o.trustedBy())
-	case r == nil && errors.As(err, &network):
+	case r == nil && !errors.As(err, &network) && errors.As(err, &handshake) && handshake.Timeout():
+		return fmt.Sprintf("it did not answer within %s. Look at its load and at the network", c.o.Timeout)
+	case r == nil && (errors.As(err, &network) || errors.As(err, &transport)):
 		return "it cannot be reached. See that it runs, and that the address and the network are right"
 	case r == nil:
 		return ""

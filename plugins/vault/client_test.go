@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -174,6 +175,42 @@ func TestAnAnswerThatDripsIsNotWaitedFor(t *testing.T) {
 	late := alone(t, f.options(t))
 	if err := late.read(short(t), "slow", nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("waiting for a login: %v", err)
+	}
+}
+
+// TestAConnectionOnWhichNothingComesIsSaid, as from a load balancer whose server is away.
+func TestAConnectionOnWhichNothingComesIsSaid(t *testing.T) {
+	f := newFake(t)
+	for says, treat := range map[string]func(net.Conn){
+		"it cannot be reached. See that it runs": func(conn net.Conn) { _ = conn.Close() },
+		"it did not answer within 100ms":         func(net.Conn) {},
+	} {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		accepted := make(chan net.Conn, 1)
+		go func() {
+			defer close(accepted)
+			if conn, err := listener.Accept(); err == nil {
+				treat(conn)
+				accepted <- conn
+			}
+		}()
+		o := f.options(t)
+		o.Address, o.Timeout = "https://"+listener.Addr().String(), 100*time.Millisecond
+		c := alone(t, o)
+		connection, err := c.o.connect("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.explain(connection.send(t.Context(), http.MethodGet, "path", nil, nil), time.Hour, http.MethodGet, "path"); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("error %v, which does not say %q", err, says)
+		}
+		_ = listener.Close() // what waits for a connection ends
+		if conn := <-accepted; conn != nil {
+			_ = conn.Close() // perhaps a second time
+		}
 	}
 }
 
