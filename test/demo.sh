@@ -7,19 +7,24 @@ kedge=$1
 root=${2:-file}
 here=$(cd "$(dirname "$0")" && pwd)
 case $root in file | hsm | vault) ;; *) echo "demo: ROOT is file, hsm or vault, and not '$root'" >&2; exit 2 ;; esac
-if [ "$root" = hsm ] && [ ! -e /usr/lib/softhsm/libsofthsm2.so ]; then
+# need PACKAGE WHAT installs a Debian package, where that is allowed.
+need() {
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo 'installing the Debian package softhsm2, an HSM in software'
+    echo "installing the Debian package $1, $2"
     DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -qq update
-    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -qq install -y --no-install-recommends softhsm2 >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -qq install -y --no-install-recommends "$1" >/dev/null
   else
-    echo 'demo: the Debian package softhsm2 is missing: apt-get install softhsm2' >&2
+    echo "demo: the Debian package $1 is missing: apt-get install $1" >&2
     exit 1
   fi
-fi
-if [ "$root" = vault ]; then # built or fetched once, into a cache: some minutes the first time
-  bao=$("$here/vault/build.sh" | sed -n 2p)
-fi
+}
+case $root in
+hsm) [ -e /usr/lib/softhsm/libsofthsm2.so ] || need softhsm2 'an HSM in software' ;;
+vault)
+  python3 -c 'import ensurepip' 2>/dev/null || need python3-venv 'with which the program of OpenBao is fetched'
+  bao=$("$here/vault/fetch.sh") # once, into a cache
+  ;;
+esac
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/kedge-demo.XXXXXX")
 pid=

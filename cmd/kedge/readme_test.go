@@ -116,29 +116,10 @@ func TestEveryVerbThatShowsSomethingHasJSON(t *testing.T) {
 
 // TestTheDemoLeavesNothingBehind runs 'make demo' as a newcomer does, and with ROOT=hsm.
 func TestTheDemoLeavesNothingBehind(t *testing.T) {
-	program, err := filepath.Abs(process.Binary())
-	if err != nil {
-		t.Fatal(err)
-	}
 	for root, shows := range map[string]string{"file": "", "hsm": "CKA_NEVER_EXTRACTABLE    yes"} {
 		t.Run(root, func(t *testing.T) {
 			t.Parallel()
-			temp := t.TempDir()
-			command := exec.Command("../../test/demo.sh", program, root)
-			command.Env = append(os.Environ(), "TMPDIR="+temp)
-			out, err := command.CombinedOutput()
-			if err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
-			for _, promised := range []string{"spiffe://cluster.local/ns/default/sa/web", ": OK\n", "the chain holds, and the holdings equal a recount", "join-token", shows} {
-				if !strings.Contains(string(out), promised) {
-					t.Errorf("the demo does not show %q:\n%s", promised, out)
-				}
-			}
-			left, err := os.ReadDir(temp)
-			if err != nil || len(left) > 0 {
-				t.Errorf("the demo left %v behind (%v)", left, err)
-			}
+			process.Demo(t, "../../test/demo.sh", root, shows)
 		})
 	}
 }

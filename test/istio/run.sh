@@ -4,7 +4,6 @@ set -euo pipefail
 export KEDGE_BIN=$1
 cd "$(dirname "$0")"
 PILOT_AGENT_BIN=$(./build.sh)
-servers=$(../vault/build.sh)
-BAO_BIN=$(sed -n 2p <<<"$servers")
+BAO_BIN=$(../vault/fetch.sh)
 export PILOT_AGENT_BIN BAO_BIN
 go test -count=1 -timeout 20m ./...

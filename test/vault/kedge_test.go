@@ -196,3 +196,9 @@ func TestTheCommandsOfTheGuideWorkAsPrinted(t *testing.T) {
 	k.Must(t, "token", "create", "--identity", "ns/default/sa/web", "--out", filepath.Join(k.Dir, "join"))
 	k.Must(t, "svid", "fetch", "--token-file", filepath.Join(k.Dir, "join"), "--out", filepath.Join(k.Dir, "svid"))
 }
+
+// TestTheDemoWithARootInVaultLeavesNothingBehind runs 'make demo ROOT=vault'.
+func TestTheDemoWithARootInVaultLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	process.Demo(t, "../demo.sh", "vault", "An OpenBao server with a root in its PKI engine", "checked against the real server", "CN=Demo Root", " foreign until ")
+}

@@ -3,7 +3,7 @@
 set -euo pipefail
 export KEDGE_BIN=$1
 cd "$(dirname "$0")"
-servers=$(./build.sh)
-VAULT_BIN=$(sed -n 1p <<<"$servers") BAO_BIN=$(sed -n 2p <<<"$servers")
+VAULT_BIN=$(./build.sh)
+BAO_BIN=$(./fetch.sh)
 export VAULT_BIN BAO_BIN
-go test -race -count=1 -timeout 20m -tags e2e ./
+go test -race -count=1 -parallel 12 -timeout 20m -tags e2e ./ # what runs at once mostly waits
