@@ -38,11 +38,23 @@ type fixture struct {
 	log                *lockedBuffer
 	mounts             int
 	pki, transit       string // the latest mounts
+	line               *line  // to the server, once a test wants one
+	exported           string // the root of the latest exportRoot, with its key, in PEM
 }
 
 // eachServer runs a test against each server.
 func eachServer(t *testing.T, test func(t *testing.T, f *fixture)) {
 	onServers(t, []vault.Kind{vault.Vault, vault.OpenBao}, test)
+}
+
+// atOnce runs a test that mostly waits against each server, beside others.
+func atOnce(t *testing.T, name string, test func(t *testing.T, f *fixture)) {
+	for _, kind := range []vault.Kind{vault.Vault, vault.OpenBao} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			onServers(t, []vault.Kind{kind}, test)
+		})
+	}
 }
 
 // onServers runs a test against these servers. When it is over, it makes sure that no log line held a token.
@@ -170,6 +182,17 @@ func (f *fixture) mountRoot(t *testing.T) string {
 	f.generateRoot(t, f.pki, "root of "+f.pki, 1)
 	f.writePolicy(t, f.pki, f.transit)
 	return f.pki
+}
+
+// exportRoot mounts one whose key is known, so that it can be put back.
+func (f *fixture) exportRoot(t *testing.T) {
+	t.Helper()
+	f.mounts++
+	f.pki = fmt.Sprintf("pki-%d", f.mounts)
+	f.mountPKI(t, f.pki)
+	made := f.Write(t, f.pki+"/root/generate/exported", map[string]any{"common_name": "root of " + f.pki, "key_type": "ec", "key_bits": 256, "ttl": "9000h", "max_path_length": 1})
+	f.exported = fmt.Sprint(made["private_key"], "\n", made["certificate"])
+	f.writePolicy(t, f.pki, f.transit)
 }
 
 // mountIntermediate mounts one whose issuer stands below a root of another mount.
