@@ -262,28 +262,37 @@ func TestTheEnvironmentOfVaultsToolsChangesNothing(t *testing.T) {
 	})
 }
 
-// TestANamespaceIsWhereEverythingHappens: OpenBao has namespaces, and the open core of Vault has none.
+// TestANamespaceIsWhereEverythingHappens: login, root and keys. OpenBao has namespaces; Vault has them in its Enterprise edition only, and the open core that runs here has none.
 func TestANamespaceIsWhereEverythingHappens(t *testing.T) {
 	onServers(t, []vault.Kind{vault.OpenBao}, func(t *testing.T, f *fixture) {
 		f.Write(t, "sys/namespaces/mesh", nil)
-		for path, body := range map[string]map[string]any{"mesh/sys/auth/approle": {"type": "approle"}, "mesh/sys/mounts/transit": {"type": "transit"}} {
+		for path, body := range map[string]map[string]any{"mesh/sys/auth/approle": {"type": "approle"}, "mesh/sys/mounts/transit": {"type": "transit"},
+			"mesh/sys/mounts/pki": {"type": "pki", "config": map[string]any{"max_lease_ttl": "87600h"}}} {
 			f.Write(t, path, body)
 		}
-		f.Write(t, "mesh/sys/policies/acl/kedge", map[string]any{"policy": `path "transit/*" { capabilities = ["create", "read", "update", "delete"] }`})
+		f.Write(t, "mesh/sys/policies/acl/kedge", map[string]any{"policy": `path "transit/*" { capabilities = ["create", "read", "update", "delete"] }
+			path "pki/issuer/*" { capabilities = ["read", "update"] }`})
+		f.generateRoot(t, "mesh/pki", "a root in a namespace", 1)
 		f.Write(t, "mesh/auth/approle/role/kedge", map[string]any{"token_policies": "kedge", "token_ttl": "1h"})
 		o := f.options()
 		o.Namespace = "mesh/"
 		o.Login.AppRole.RoleID, _ = f.Read(t, "mesh/auth/approle/role/kedge/role-id")["role_id"].(string)
 		secret, _ := f.Write(t, "mesh/auth/approle/role/kedge/secret-id", nil)["secret_id"].(string)
 		process.Write(t, f.secretFile, secret)
-		keys := f.keys(t, plugin.KeyStoreOptions{Client: f.open(t, o)})
+		client := f.open(t, o)
+		keys, root := f.keys(t, plugin.KeyStoreOptions{Client: client}), f.root(t, plugin.RootOptions{Client: client})
 		ref, key := create(t, keys)
-		if err := sign(key); err != nil {
+		if err := errors.Join(sign(key), certify(t, root), root.Check(t.Context()), keys.Check(t.Context())); err != nil {
 			t.Error(err)
+		}
+		if roots, err := root.Roots(t.Context()); err != nil || roots[0].Subject.CommonName != "a root in a namespace" {
+			t.Errorf("the root is %v, %v", roots, err)
 		}
 		f.Read(t, "mesh/transit/keys/"+nameOf(ref))
 		f.Delete(t, "mesh/sys/mounts/transit")
+		f.Delete(t, "mesh/sys/mounts/pki")
 		f.failsWith(t, sign(key), "nothing is mounted there in the namespace mesh")
+		f.failsWith(t, certify(t, root), "nothing is mounted there in the namespace mesh")
 	})
 }
 
