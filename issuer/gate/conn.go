@@ -105,7 +105,7 @@ func (c *conn) take() error {
 func (c *conn) give() {
 	if c.holding {
 		c.holding = false
-		c.gate.handshakes.give(c.turn)
+		c.gate.handshakes.give(c.turn, true)
 	}
 }
 

@@ -166,23 +166,22 @@ func (p *Place) Again(ctx context.Context) error {
 		return fmt.Errorf("waiting for a turn behind other calls: %w", err)
 	}
 	p.turn, p.has, p.checking = turn, true, true
-	// Go runs who was woken by the one before at once, and one after the other so that whoever has come over the network meanwhile waits for tens of
-	// milliseconds. From the end of its queue this goroutine lets them go first.
-	runtime.Gosched()
 	return nil
 }
 
 // Checked ends the turn of the processor, if the call has one: what is left is to sign, and to wait for the ledger together with others.
-func (p *Place) Checked() {
+func (p *Place) Checked() { p.end(false) }
+
+func (p *Place) end(inVain bool) {
 	if p.checking {
 		p.checking = false
-		p.gate.calls.give(p.turn)
+		p.gate.calls.give(p.turn, inVain)
 	}
 }
 
 // Leave gives the place, if the call has one, to another.
 func (p *Place) Leave() {
-	p.Checked()
+	p.end(true)
 	if p.has {
 		p.has = false
 		p.gate.calls.leave()

@@ -139,9 +139,11 @@ func newPort(t *testing.T, o Options) *port {
 		if counts := p.gate.Counts(); counts != (Counts{}) {
 			t.Errorf("after all was closed: %+v", counts)
 		}
-		if len(p.gate.peers) != 0 || p.gate.handshakes.free != runtime.GOMAXPROCS(0) {
-			t.Errorf("left behind: %d peers, %d turns", len(p.gate.peers), p.gate.handshakes.free)
+		if len(p.gate.peers) != 0 {
+			t.Errorf("left behind: %d peers", len(p.gate.peers))
 		}
+		atRest(t, p.gate.handshakes, runtime.GOMAXPROCS(0))
+		atRest(t, p.gate.calls, runtime.GOMAXPROCS(0))
 	})
 	return p
 }
@@ -248,7 +250,7 @@ func TestAHandshakeThatHasBegunGoesOnFirst(t *testing.T) {
 		}
 	}
 	give := func() {
-		p.gate.handshakes.give(turn{})
+		p.gate.handshakes.give(turn{}, false)
 		p.gate.handshakes.leave()
 	}
 	waiting := func(n int) {
@@ -436,7 +438,7 @@ func TestACrowdWaitsInTheKernel(t *testing.T) {
 		t.Errorf("beside a crowd: %v, %t, %v", victim, admitted, err)
 	}
 	for range runtime.GOMAXPROCS(0) {
-		p.gate.handshakes.give(turn{})
+		p.gate.handshakes.give(turn{}, false)
 		p.gate.handshakes.leave()
 	}
 	if _, err := grpc_health_v1.NewHealthClient(late).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{}, grpc.WaitForReady(true)); err != nil {

@@ -6,8 +6,11 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"runtime"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // errCrowded says that a queue is so long that waiting in it makes no sense.
@@ -20,6 +23,8 @@ const (
 	firstTypical = 100 * time.Microsecond
 	// longestTurn is as much of a turn as counts. One that takes longer is not dear: the machine stood still.
 	longestTurn = 20 * time.Millisecond
+	// dear is how long no turn takes of somebody who means well: to check a good call with a token takes a tenth of that.
+	dear = 500 * time.Microsecond
 )
 
 // turns lets a number of holders work at once; the others wait. Whose turn is next is a matter of what the peers have had of the holders' time: WF2Q+ with
@@ -43,6 +48,7 @@ type turns struct {
 	ahead   queue         // the others that are remembered: their peers have had more than if all had had their part at every moment
 	clock   time.Duration // how long somebody who always waited has had turns by now
 	typical time.Duration // how long a turn takes
+	way     *lookout      // which some turns take; nil: none
 	added   uint64        // how often a line came into the queue
 
 	ended chan struct{} // once nobody gets a turn any more
@@ -53,6 +59,7 @@ type line struct {
 	peer    netip.Prefix
 	waiters list.List     // of *waiter
 	due     time.Duration // when the clock has come so far it is the line's turn: it has had what it may have until then
+	early   time.Duration // so much before that it may have its next one, because it did not ask for a while
 	order   uint64        // of lines that are due together
 	index   int           // in turns.queue if somebody waits, otherwise in turns.ahead; -1: the line is forgotten
 }
@@ -63,7 +70,8 @@ type queue []*line
 func (q queue) Len() int { return len(q) }
 
 func (q queue) Less(i, j int) bool {
-	return q[i].due < q[j].due || q[i].due == q[j].due && q[i].order < q[j].order
+	a, b := q[i].due-q[i].early, q[j].due-q[j].early
+	return a < b || a == b && q[i].order < q[j].order
 }
 
 func (q queue) Swap(i, j int) {
@@ -96,7 +104,29 @@ type waiter struct {
 type turn struct {
 	line    *line // whom it counts for; nil: nobody, since nobody else waited when it began
 	began   time.Time
+	cpu     time.Duration // of its thread when it began; 0: not looked at
 	counted time.Duration // for the line already
+}
+
+// took is how long the turn lasted, no longer than longestTurn. While its thread did not run somebody else had the time.
+func (t turn) took() time.Duration {
+	took := min(time.Since(t.began), longestTurn)
+	if t.cpu == 0 {
+		return took
+	}
+	if cpu := threadTime() - t.cpu; cpu >= 0 && cpu < took { // otherwise it began on another thread
+		return cpu
+	}
+	return took
+}
+
+// threadTime is how much CPU time this thread has had; 0: nobody knows.
+func threadTime() time.Duration {
+	var now unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &now) != nil {
+		return 0
+	}
+	return time.Duration(now.Nano())
 }
 
 func newTurns(at, places, most int) *turns {
@@ -159,14 +189,15 @@ func (t *turns) enqueue(peer netip.Prefix) (*waiter, error) {
 	return w, nil
 }
 
-// add puts a line into the queue. What it has not had while nobody was in it is lost, but for as much as brings it before those who go on asking: of
-// these each has had at most a turn more or less than others.
+// add puts a line into the queue. What it has not had while nobody was in it is lost, but that its first turn comes before those of lines that go on asking: of these
+// each has had at most a turn more or less than others.
 func (t *turns) add(l *line) {
 	if l.index >= 0 {
 		heap.Remove(&t.ahead, l.index)
 	}
 	t.added++
-	l.due, l.order = max(l.due, t.clock-t.credit()), t.added
+	l.early, l.order = min(max(t.clock-l.due, 0), t.credit()), t.added
+	l.due = max(l.due, t.clock)
 	heap.Push(&t.queue, l)
 }
 
@@ -180,7 +211,10 @@ func (t *turns) wait(ctx context.Context, w *waiter) (turn, error) {
 	var err error
 	select {
 	case <-w.turn:
-		return turn{w.line, time.Now(), w.counted}, nil
+		// Go runs who was woken by the one before at once, and one after the other so that whoever has come over the network meanwhile waits for tens of
+		// milliseconds. From the end of its queue this goroutine lets them go first.
+		runtime.Gosched()
+		return turn{w.line, time.Now(), threadTime(), w.counted}, nil
 	case <-ctx.Done():
 		err = ctx.Err()
 	case <-t.ended:
@@ -205,14 +239,19 @@ func (t *turns) wait(ctx context.Context, w *waiter) (turn, error) {
 // end sends away who waits, and who would wait. It is called once.
 func (t *turns) end() { close(t.ended) }
 
-// give gives a turn back.
-func (t *turns) give(had turn) { t.spent(had, min(time.Since(had.began), longestTurn)) }
+// give gives a turn back. look is whether the network should be looked at before the next: that costs as much as a good call.
+func (t *turns) give(had turn, look bool) {
+	took := had.took()
+	t.spent(had, took, look || took >= dear)
+}
 
 // spent gives a turn back that took so long.
-func (t *turns) spent(had turn, took time.Duration) {
+func (t *turns) spent(had turn, took time.Duration, look bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.free++
+	if !look || t.waiting == 0 || !t.way.send(had.began.Add(took)) {
+		t.free++
+	}
 	t.typical += (took - t.typical) / 16
 	t.charge(had.line, took-had.counted)
 	t.pass(took)
@@ -260,11 +299,12 @@ func (t *turns) serve() {
 		if w == nil {
 			return
 		}
-		t.drop(w)
-		t.free--
 		if !w.back {
 			t.places--
+			w.line.early = 0
 		}
+		t.drop(w)
+		t.free--
 		w.counted = t.typical // until it is known: there may be several at once
 		t.charge(w.line, w.counted)
 		close(w.turn)
@@ -296,6 +336,7 @@ func (t *turns) drop(w *waiter) {
 		return
 	}
 	heap.Remove(&t.queue, l.index)
+	l.due, l.early = l.due-l.early, 0
 	heap.Push(&t.ahead, l)
 	if len(t.queue) > 0 {
 		return

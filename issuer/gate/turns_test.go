@@ -65,6 +65,22 @@ func settled(t *testing.T, turns *turns, left int) {
 	}
 }
 
+// atRest waits until so many turns are free: one may be on its way by the network.
+func atRest(t *testing.T, turns *turns, want int) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; runtime.Gosched() {
+		turns.mu.Lock()
+		free := turns.free
+		turns.mu.Unlock()
+		if free == want {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d turns are free", free, want)
+		}
+	}
+}
+
 // Somebody with a thousand calls in the queue does not keep somebody with two waiting.
 func TestPeersTakeTurns(t *testing.T) {
 	turns, out, had := busy(t)
@@ -78,11 +94,11 @@ func TestPeersTakeTurns(t *testing.T) {
 	queued(t, turns, t.Context(), third, out)
 	took := map[netip.Prefix]time.Duration{greedy: time.Hour, modest: time.Minute, third: time.Minute}
 	var order []netip.Prefix
-	turns.give(had)
+	turns.give(had, false)
 	for range many + 3 {
 		next := <-out
 		order = append(order, next.peer)
-		turns.spent(next.turn, took[next.peer])
+		turns.spent(next.turn, took[next.peer], true)
 	}
 	if want := []netip.Prefix{greedy, modest, third, modest, greedy, greedy}; !slices.Equal(order[:6], want) {
 		t.Errorf("served in the order %v, want %v", order[:6], want)
@@ -99,18 +115,18 @@ func TestTimeIsShared(t *testing.T) {
 		queued(t, turns, t.Context(), dear, out)
 		queued(t, turns, t.Context(), cheap, out)
 	}
-	turns.give(had)
+	turns.give(had, false)
 	had, count := turn{}, map[netip.Prefix]int{}
 	for range 33 {
 		next := <-out
 		count[next.peer]++
-		turns.spent(next.turn, took[next.peer])
+		turns.spent(next.turn, took[next.peer], true)
 	}
 	if count[dear] < 3 || count[dear] > 4 {
 		t.Errorf("of 33 turns those of 10 h had %d, those of 1 h %d", count[dear], count[cheap])
 	}
 	for range 80 - 33 {
-		turns.give((<-out).turn)
+		turns.give((<-out).turn, false)
 	}
 	settled(t, turns, 81)
 }
@@ -123,28 +139,28 @@ func TestWhoAsksForLittleDoesNotWaitForAllTheOthers(t *testing.T) {
 		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("192.0.2.%d", i%crowd)), out)
 	}
 	modest := peerNamed("203.0.113.1")
-	turns.give(had)
+	turns.give(had, false)
 	next := <-out
 	for round := range each - 2 {
 		for range crowd {
-			turns.spent(next.turn, time.Hour)
+			turns.spent(next.turn, time.Hour, true)
 			next = <-out
 		}
 		queued(t, turns, t.Context(), modest, out)
-		turns.spent(next.turn, time.Hour)
+		turns.spent(next.turn, time.Hour, true)
 		if next = <-out; next.peer != modest {
 			t.Fatalf("in round %d it is %s that is next", round, next.peer)
 		}
-		turns.spent(next.turn, time.Minute)
+		turns.spent(next.turn, time.Minute, true)
 		next = <-out
 	}
 	n := 0
 	for turns.length() > 0 {
-		turns.give(next.turn)
+		turns.give(next.turn, false)
 		next = <-out
 		n++
 	}
-	turns.give(next.turn)
+	turns.give(next.turn, false)
 	settled(t, turns, crowd*each+each-2+1)
 }
 
@@ -162,7 +178,7 @@ func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 	for range 10 {
 		come()
 	}
-	turns.give(had)
+	turns.give(had, false)
 	next := <-out
 	if next.peer != old {
 		t.Fatalf("%s is first", next.peer)
@@ -170,7 +186,7 @@ func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 	waited := 0
 	for ; waited < 100; waited++ {
 		come()
-		turns.spent(next.turn, time.Hour)
+		turns.spent(next.turn, time.Hour, true)
 		if next = <-out; next.peer == old {
 			break
 		}
@@ -179,17 +195,18 @@ func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 		t.Errorf("its second turn came after %d newcomers", waited)
 	}
 	for turns.length() > 0 {
-		turns.give(next.turn)
+		turns.give(next.turn, false)
 		next = <-out
 	}
-	turns.give(next.turn)
+	turns.give(next.turn, false)
 	settled(t, turns, newcomers+3)
 }
 
 // Also when those who ask for little are many, as long as they have less than their part.
 func TestManyWhoAskForLittleDoNotWaitForAllTheOthers(t *testing.T) {
-	for _, many := range []struct{ greedy, modest, every int }{{64, 1, 1000}, {64, 100, 20}, {64, 100, 4}} {
+	for _, many := range []struct{ greedy, each, modest, every int }{{64, 2, 1, 1000}, {64, 2, 100, 20}, {64, 2, 100, 4}, {64, 1, 1, 1000}, {64, 1, 100, 4}} {
 		turns, _, had := busy(t)
+		turns.typical = time.Hour                              // as it is known to be, when they come after a pause
 		came, waiting := map[*waiter]int{}, map[*waiter]bool{} // after so many greedy turns
 		ask := func(i int) *waiter {
 			w, err := turns.enqueue(netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i / 256), byte(i)}), 32))
@@ -199,11 +216,11 @@ func TestManyWhoAskForLittleDoNotWaitForAllTheOthers(t *testing.T) {
 			waiting[w] = true
 			return w
 		}
-		for i := range 2 * many.greedy {
+		for i := range many.each * many.greedy {
 			ask(i % many.greedy)
 		}
 		greedy, sum, asked := 0, 0, 0
-		turns.give(had)
+		turns.give(had, false)
 		for n := range 6000 {
 			if n > 2*many.greedy && n%many.every == 0 { // once they have begun to differ
 				came[ask(1000+asked%many.modest)] = greedy
@@ -216,6 +233,8 @@ func TestManyWhoAskForLittleDoNotWaitForAllTheOthers(t *testing.T) {
 					continue
 				}
 				delete(waiting, w)
+				turns.leave()
+				turns.spent(turn{line: w.line, counted: w.counted}, time.Duration(1+n*n%13)*10*time.Minute, true)
 				if before, modest := came[w]; modest {
 					sum += greedy - before
 				} else {
@@ -226,13 +245,11 @@ func TestManyWhoAskForLittleDoNotWaitForAllTheOthers(t *testing.T) {
 						}
 					}
 				}
-				turns.leave()
-				turns.spent(turn{w.line, time.Time{}, w.counted}, time.Hour)
 				break
 			}
 		}
 		if average := float64(sum) / float64(asked); average > 4 {
-			t.Errorf("beside %d who always ask, each of %d who have a part of 1/%d together waits for %.1f of their turns", many.greedy, many.modest, many.every, average)
+			t.Errorf("beside %d who always ask, %d at once, each of %d who have a part of 1/%d together waits for %.1f of their turns", many.greedy, many.each, many.modest, many.every, average)
 		}
 		if n := len(turns.ahead); n > 8*many.greedy {
 			t.Errorf("%d lines are remembered beside %d in which somebody waits", n, len(turns.queue))
@@ -254,9 +271,9 @@ func TestATurnInWhichTheMachineStoodStillIsNotDear(t *testing.T) {
 		}
 		waiters = append(waiters, w)
 	}
-	turns.give(turn{began: time.Now().Add(-time.Hour)})
+	turns.give(turn{began: time.Now().Add(-time.Hour)}, false)
 	<-waiters[0].turn
-	turns.give(turn{waiters[0].line, time.Now().Add(-time.Hour), waiters[0].counted})
+	turns.give(turn{line: waiters[0].line, began: time.Now().Add(-time.Hour), counted: waiters[0].counted}, false)
 	if due, most := waiters[0].line.due, 3*longestTurn; due > most || turns.clock > most || turns.typical > longestTurn/4 {
 		t.Errorf("after an hour it is due at %s, the clock is at %s, and a turn typically takes %s", due, turns.clock, turns.typical)
 	}
@@ -272,7 +289,7 @@ func TestPeersAreForgotten(t *testing.T) {
 		queued(t, turns, t.Context(), always, out)
 		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("203.0.%d.%d", i/256, i%256)), out)
 		for range 2 {
-			turns.spent(next.turn, time.Hour)
+			turns.spent(next.turn, time.Hour, true)
 			turns.leave()
 			next = <-out
 		}
@@ -281,11 +298,11 @@ func TestPeersAreForgotten(t *testing.T) {
 		t.Errorf("%d lines are remembered", n)
 	}
 	for turns.length() > 0 {
-		turns.give(next.turn)
+		turns.give(next.turn, false)
 		turns.leave()
 		next = <-out
 	}
-	turns.give(next.turn)
+	turns.give(next.turn, false)
 	settled(t, turns, 1)
 }
 
@@ -297,14 +314,14 @@ func TestWhoHasNoPlaceWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	turns.give(first)
+	turns.give(first, false)
 	queued(t, turns, t.Context(), peer, out)
 	if err := turns.again(t.Context(), &first); err != nil { // it has its place
 		t.Fatal(err)
 	}
-	turns.give(first)
+	turns.give(first, false)
 	turns.leave()
-	turns.give((<-out).turn)
+	turns.give((<-out).turn, false)
 	turns.leave()
 	if turns.free != 2 || turns.places != 1 {
 		t.Errorf("after all: %d turns, %d places", turns.free, turns.places)
@@ -333,18 +350,18 @@ func TestWhoComesBackGoesFirst(t *testing.T) {
 	for turns.length() == before {
 		runtime.Gosched()
 	}
-	turns.give(had)
+	turns.give(had, false)
 	next := <-out
 	if next.peer != back {
 		t.Errorf("%s went first", next.peer)
 	}
 	for range 10 {
-		turns.give(next.turn)
+		turns.give(next.turn, false)
 		if next = <-out; next.peer != stranger {
 			t.Errorf("%s had another turn", next.peer)
 		}
 	}
-	turns.give(next.turn)
+	turns.give(next.turn, false)
 	settled(t, turns, 11)
 }
 
@@ -371,11 +388,11 @@ func TestNoTurnIsLostWhenCallersGiveUp(t *testing.T) {
 					up(&inside, &mostInside)
 					up(&at, &most)
 					at.Add(-1)
-					turns.give(had)
+					turns.give(had, false)
 					if turns.again(ctx, &had) == nil {
 						up(&at, &most)
 						at.Add(-1)
-						turns.give(had)
+						turns.give(had, false)
 					}
 					inside.Add(-1)
 					turns.leave()
@@ -413,7 +430,7 @@ func TestWhoGivesUpIsGone(t *testing.T) {
 	if n := turns.crowd(); n != 0 {
 		t.Errorf("a crowd of %d has given up", n)
 	}
-	turns.give(had)
+	turns.give(had, false)
 	settled(t, turns, 1)
 }
 
@@ -446,6 +463,53 @@ func TestWhoWaitsIsSentAwayWhenTheCAStops(t *testing.T) {
 	if _, err := turns.take(t.Context(), peer); !errors.Is(err, errStopping) {
 		t.Errorf("a later one: %v", err)
 	}
-	turns.give(had)
+	turns.give(had, false)
 	settled(t, turns, 1)
+}
+
+// A turn that goes by way of the network is not lost: not when somebody waits for it, nor when who waited gives up meanwhile, nor after the end.
+func TestATurnThatGoesByTheNetworkComesBack(t *testing.T) {
+	turns, out, had := busy(t)
+	closed := make(chan struct{})
+	if err := turns.look(closed); err != nil {
+		t.Fatal(err)
+	}
+	peer, sent, left := peerNamed("192.0.2.1"), 0, 1
+	next := served{peer, had}
+	for i := range 300 {
+		ctx, cancel := context.WithCancel(t.Context())
+		waiting := queued(t, turns, ctx, peer, out)
+		if i == 200 {
+			close(closed)
+		}
+		before := turns.way.last
+		turns.spent(next.turn, time.Duration(i)*time.Hour, true)
+		if turns.way.last != before {
+			sent++
+		}
+		if i%3 == 0 {
+			cancel() // perhaps before it has the turn
+		}
+		select {
+		case next = <-out:
+		case err := <-waiting:
+			if !errors.Is(err, context.Canceled) {
+				t.Fatal(err)
+			}
+			atRest(t, turns, 1)
+			again, err := turns.take(t.Context(), peer)
+			if err != nil {
+				t.Fatal(err)
+			}
+			next = served{peer, again}
+		}
+		left++
+		cancel()
+	}
+	if sent < 200 {
+		t.Errorf("%d turns went by the network", sent)
+	}
+	turns.give(next.turn, false)
+	atRest(t, turns, 1)
+	settled(t, turns, left)
 }
