@@ -135,35 +135,6 @@ func checkCAID(cert *x509.Certificate, td spiffeid.TrustDomain) error {
 	return nil
 }
 
-// checkIssuing makes sure of everything about the certificate of an issuing CA that a Root returned, before anything is
-// signed with its key: which key, what for, how long, under which root.
-func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request CertifyRequest, td spiffeid.TrustDomain) (*x509.Certificate, error) {
-	if len(chain) == 0 {
-		return nil, errors.New("the root returned no certificate")
-	}
-	cert := chain[0]
-	if err := sameKey(request.PublicKey, cert); err != nil {
-		return nil, err
-	}
-	switch {
-	case !cert.BasicConstraintsValid || !cert.IsCA:
-		return nil, errors.New("the root returned a certificate that is not a CA (basicConstraints cA is not true)")
-	case cert.MaxPathLen != 0 || !cert.MaxPathLenZero:
-		return nil, errors.New("the root returned a CA certificate without the path length constraint 0: it could make further CAs")
-	case cert.KeyUsage&x509.KeyUsageCertSign == 0 || cert.KeyUsage&x509.KeyUsageCRLSign == 0:
-		return nil, errors.New("the root returned a CA certificate whose keyUsage lacks keyCertSign or cRLSign")
-	case len(cert.SubjectKeyId) == 0:
-		return nil, errors.New("the root returned a CA certificate without a subject key identifier (RFC 5280 4.2.1.2)")
-	case cert.NotAfter.After(request.NotAfter.Add(time.Second)):
-		return nil, fmt.Errorf("the root returned a certificate that is valid until %s, longer than the %s that were asked for",
-			cert.NotAfter.Format(time.RFC3339), request.NotAfter.Format(time.RFC3339))
-	}
-	if err := checkCAID(cert, td); err != nil {
-		return nil, err
-	}
-	return checkPath(chain, roots, cert.NotBefore.Add(time.Second))
-}
-
 // checkPath makes sure that a chain leads to one of the roots, in order and with nothing that does not belong to it, and that nothing in it outlives what is above it (I3). It
 // returns the root; when a root was renewed with its key, the one that ends last.
 func checkPath(chain, roots []*x509.Certificate, at time.Time) (*x509.Certificate, error) {
@@ -177,9 +148,9 @@ func checkPath(chain, roots []*x509.Certificate, at time.Time) (*x509.Certificat
 	paths, err := chain[0].Verify(x509.VerifyOptions{Roots: pool, Intermediates: intermediates, CurrentTime: at,
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 	if err != nil {
-		return nil, fmt.Errorf("the chain that the root returned does not lead to it: %w", err)
+		return nil, fmt.Errorf("its chain does not lead to a trust anchor of the root (if the issuer was exchanged meanwhile, the next try works): %w", err)
 	}
-	err = errors.New("the chain that the root returned is not in order, or holds certificates that do not belong to it")
+	err = errors.New("its chain is not in order, or holds certificates that do not belong to it")
 	var best *x509.Certificate
 	for _, path := range paths {
 		if !sameChain(path[:len(path)-1], chain) {
@@ -202,7 +173,7 @@ func checkPath(chain, roots []*x509.Certificate, at time.Time) (*x509.Certificat
 func outlives(path []*x509.Certificate) error {
 	for i, issuer := range path[1:] {
 		if path[i].NotAfter.After(issuer.NotAfter) {
-			return fmt.Errorf("the chain that the root returned has a certificate (%s) that outlives its issuer (%s)",
+			return fmt.Errorf("its chain has a certificate (%s) that outlives its issuer (%s)",
 				path[i].NotAfter.Format(time.RFC3339), issuer.NotAfter.Format(time.RFC3339))
 		}
 	}

@@ -44,9 +44,9 @@ func (c candidacy) certify(ctx context.Context, root Root, ref string, key crypt
 	if err != nil {
 		return nil, fmt.Errorf("having it certified by the root: %w", err)
 	}
-	anchor, err := checkIssuing(chain, c.anchors, request, c.td)
+	anchor, err := checkIssuing(chain, c.anchors, request, c.now)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("what the root returned is not what it was asked for, and is not used: %w", err)
 	}
 	return c.prove(foundIssuing(c.td, chain, anchor, ref, ledger.Coverage{Kind: "complete"}), anchor, key)
 }
@@ -63,10 +63,6 @@ func (c candidacy) prove(record ledger.AuthorityRecord, anchor *x509.Certificate
 	a, err := loadAuthority(record, roots)
 	if err != nil {
 		return nil, err
-	}
-	if c.now.Before(a.cert.NotBefore) {
-		return nil, fmt.Errorf("its life would begin only at %s, as its root's does, and this machine's clock says %s: set the clock",
-			a.cert.NotBefore.Format(time.RFC3339), c.now.Format(time.RFC3339))
 	}
 	if a.notAfter.Sub(c.now) < c.shortest {
 		return nil, fmt.Errorf("it would live only until %s, because something in its chain or its root ends then: too short for a certificate of %s. That must be renewed",

@@ -15,51 +15,13 @@ import (
 	"math/big"
 	"net/url"
 	"time"
-	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // What a Root whose key is a crypto.Signer needs: the certificates of roots and issuing CAs, as this CA wants them.
 
-const (
-	caOrganization = "Kedge"
-	maxCommonName  = 64 // characters (RFC 5280 A.1, ub-common-name)
-)
-
-// SignIssuing signs the certificate of an issuing CA with a root's key, wherever that is. Validity is cut to the root's own. The signature is verified before it is
-// returned. now is for seeing whether the root is valid. Of the request's trust domain only the form is checked: which one the root is for, the caller knows.
-func SignIssuing(root *x509.Certificate, key crypto.Signer, request CertifyRequest, now time.Time) (*x509.Certificate, error) {
-	td, err := spiffeid.TrustDomainFromString(request.TrustDomain)
-	if err != nil {
-		return nil, fmt.Errorf("its trust domain %.80q: %w", request.TrustDomain, err)
-	}
-	if utf8.RuneCountInString(request.CommonName) > maxCommonName {
-		return nil, fmt.Errorf("its common name is longer than the %d characters of RFC 5280 A.1", maxCommonName)
-	}
-	if request.CommonName == root.Subject.CommonName {
-		return nil, errors.New("it has the root's own name, and verifiers would take it for self-issued (RFC 5280 4.2.1.1): give it another")
-	}
-	if err := CheckAuthorityKey(request.PublicKey); err != nil {
-		return nil, fmt.Errorf("its public key: %w", err)
-	}
-	if now.After(root.NotAfter) {
-		return nil, fmt.Errorf("the root expired at %s: prepare a new one", root.NotAfter.Format(time.RFC3339))
-	}
-	template, err := authorityTemplate(request.PublicKey, td)
-	if err != nil {
-		return nil, err
-	}
-	template.Subject.CommonName = request.CommonName
-	template.MaxPathLenZero = true
-	template.NotBefore = later(request.NotBefore.UTC(), root.NotBefore)
-	template.NotAfter = earlier(request.NotAfter.UTC().Truncate(time.Second), root.NotAfter)
-	if !template.NotBefore.Before(template.NotAfter) {
-		return nil, fmt.Errorf("no time is left between %s and %s (the root is valid from %s to %s)", request.NotBefore.UTC().Format(time.RFC3339),
-			request.NotAfter.UTC().Format(time.RFC3339), root.NotBefore.Format(time.RFC3339), root.NotAfter.Format(time.RFC3339))
-	}
-	return signAuthority(template, root, request.PublicKey, key)
-}
+const caOrganization = "Kedge"
 
 // SignRoot makes the self-signed certificate of a new root, which allows an issuing CA below it and nothing below that.
 func SignRoot(td spiffeid.TrustDomain, key crypto.Signer, notBefore, notAfter time.Time) (*x509.Certificate, error) {

@@ -446,7 +446,7 @@ func TestAClockBeforeTheRootsLifeIsAProblemAndMakesNoIssuingCAs(t *testing.T) {
 		t.Errorf("states %q, %d keys", got, len(keys))
 	}
 	problems := fmt.Sprint(f.ca.Problems())
-	if !strings.Contains(problems, "root: ") || !strings.Contains(problems, "issuing CA: making a new issuing CA: its life would begin only at ") {
+	if !strings.Contains(problems, "root: ") || !strings.Contains(problems, " is valid only from ") {
 		t.Errorf("problems %v", problems)
 	}
 	if _, err := f.issue(t, f.caller("/ns/default/sa/web"), 0); !errors.Is(err, ca.ErrUnavailable) {

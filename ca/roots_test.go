@@ -315,7 +315,7 @@ func TestABadIssuingCAIsRefusedAndTheOldOneGoesOn(t *testing.T) {
 			c := makeCA(t, f, "x", anchor, func(x *x509.Certificate) { x.NotAfter = anchor.cert.NotAfter.Add(time.Hour) })
 			return []*madeCA{c}, c.key
 		},
-		"does not lead to it": func() ([]*madeCA, crypto.Signer) {
+		"does not lead to a trust anchor": func() ([]*madeCA, crypto.Signer) {
 			c := makeCA(t, f, "x", stranger, nil)
 			return []*madeCA{c}, c.key
 		},

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -19,9 +18,8 @@ import (
 
 // Root is a ca.Root whose key is in the memory of this process: a whole one, and of no use but as an example.
 type Root struct {
-	td   spiffeid.TrustDomain
-	key  crypto.Signer
-	cert *x509.Certificate
+	key     crypto.Signer
+	issuers ca.Issuers // its certificate; above it nothing
 }
 
 var _ ca.Root = (*Root)(nil)
@@ -37,7 +35,7 @@ func New(td spiffeid.TrustDomain) (*Root, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a root: %w", err)
 	}
-	return &Root{td, key, cert}, nil
+	return &Root{key, ca.Issuers{cert}}, nil
 }
 
 // Certify signs the certificate of an issuing CA. ca checks what it returns.
@@ -45,19 +43,16 @@ func (r *Root) Certify(ctx context.Context, request ca.CertifyRequest) ([]*x509.
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if request.TrustDomain != r.td.Name() {
-		return nil, errors.New("this root is for another trust domain")
-	}
-	cert, err := ca.SignIssuing(r.cert, r.key, request, time.Now())
+	chain, err := r.issuers.Certify(r.key, request, time.Now())
 	if err != nil {
 		return nil, fmt.Errorf("certifying the issuing CA %.80q: %w", request.CommonName, err)
 	}
-	return []*x509.Certificate{cert}, nil
+	return chain, nil
 }
 
 // Roots returns the trust anchor.
 func (r *Root) Roots(context.Context) ([]*x509.Certificate, error) {
-	return []*x509.Certificate{r.cert}, nil
+	return []*x509.Certificate{r.issuers.Root()}, nil
 }
 
 // Changed returns nil: this root stays what it is.

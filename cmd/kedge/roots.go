@@ -166,7 +166,7 @@ func (o *origins) openVaultRoot(c *config.Config, log *slog.Logger) (ca.Root, er
 	if err != nil {
 		return nil, err
 	}
-	root, err := vault.OpenRoot(vault.RootOptions{Client: client, Mount: c.Root.Vault.Mount, Issuer: c.Root.Vault.Issuer, TrustDomain: c.TrustDomain, Logger: log})
+	root, err := vault.OpenRoot(vault.RootOptions{Client: client, Mount: c.Root.Vault.Mount, Issuer: c.Root.Vault.Issuer, Logger: log})
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +215,7 @@ func (o *origins) openTokenRoot(c *config.Config, at folders, log *slog.Logger) 
 	if err != nil {
 		return nil, err
 	}
-	return pkcs11.OpenRoot(pkcs11.RootOptions{Token: token, CertificateFile: c.Root.PKCS11.CertificateFile, TrustDomain: c.TrustDomain,
+	return pkcs11.OpenRoot(pkcs11.RootOptions{Token: token, CertificateFile: c.Root.PKCS11.CertificateFile,
 		AllowExportable: c.PKCS11.AllowExportableKeys})
 }
 

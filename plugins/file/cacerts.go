@@ -166,14 +166,14 @@ func (c *CACerts) Issuing(ctx context.Context) ([]*x509.Certificate, crypto.Sign
 
 // Certify signs the certificate of an issuing CA, if the CA is a root. Validity is cut to the root's own.
 func (c *CACerts) Certify(ctx context.Context, request ca.CertifyRequest) ([]*x509.Certificate, error) {
-	cert, err := c.certify(ctx, request)
+	chain, err := c.certify(ctx, request)
 	if err != nil {
 		return nil, fmt.Errorf("certifying the issuing CA %.80q with the CA in %s: %w", request.CommonName, c.dir, err)
 	}
-	return []*x509.Certificate{cert}, nil
+	return chain, nil
 }
 
-func (c *CACerts) certify(ctx context.Context, request ca.CertifyRequest) (*x509.Certificate, error) {
+func (c *CACerts) certify(ctx context.Context, request ca.CertifyRequest) ([]*x509.Certificate, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -184,10 +184,7 @@ func (c *CACerts) certify(ctx context.Context, request ca.CertifyRequest) (*x509
 	if len(set.chain) > 0 {
 		return nil, fmt.Errorf("%s is an intermediate, which signs leaves itself", set.layout.cert)
 	}
-	if request.TrustDomain != c.td.Name() {
-		return nil, fmt.Errorf("it is for the trust domain %.80q, and this CA is for %s", request.TrustDomain, c.td)
-	}
-	return ca.SignIssuing(set.cert, set.key, request, c.now())
+	return ca.Issuers{set.cert}.Certify(set.key, request, c.now())
 }
 
 // Changed receives after another set was taken up.

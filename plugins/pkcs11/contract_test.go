@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"io/fs"
+	"math/big"
 	"os"
 	"path/filepath"
 	"slices"
@@ -101,7 +102,7 @@ func newRoot(t *testing.T, token *hsm.Token, spec hsm.Spec, label string) *Root 
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := OpenRoot(RootOptions{Token: token, TrustDomain: contracttest.TrustDomain, CertificateFile: writePEM(t, cert)})
+	r, err := OpenRoot(RootOptions{Token: token, CertificateFile: writePEM(t, cert)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,31 +132,39 @@ func TestTheRootKeepsItsPromisesOnEveryToken(t *testing.T) {
 func TestAnIntermediateOnATokenIsPartOfEveryChain(t *testing.T) {
 	p := hsmparts.SoftHSM(t)
 	token := openToken(t, p)
-	upper := newRoot(t, token, hsm.P384, "upper").chain
-	signer, _, err := token.Generate(t.Context(), hsm.P256, "lower", []byte("lower"))
-	if err != nil {
-		t.Fatal(err)
+	made := func(name string, spec hsm.Spec, pathLength int, by *x509.Certificate) *x509.Certificate {
+		signer, _, err := token.Generate(t.Context(), spec, name, []byte(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(pathLength, 0, 0), IsCA: true, BasicConstraintsValid: true,
+			MaxPathLen: pathLength, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, SubjectKeyId: []byte(name)}
+		template.Subject.CommonName = name
+		if by == nil {
+			by = template
+			by.PublicKey = signer.Public()
+		}
+		bySigner, _, err := token.Find(t.Context(), by.PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, err := x509.CreateCertificate(nil, template, by, signer.Public(), bySigner)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert
 	}
-	template := &x509.Certificate{SerialNumber: upper.cert.SerialNumber, NotBefore: upper.cert.NotBefore, NotAfter: upper.cert.NotAfter.Add(-time.Hour), IsCA: true, BasicConstraintsValid: true,
-		MaxPathLen: 1, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, SubjectKeyId: []byte{1}}
-	template.Subject.CommonName = "lower"
-	upperSigner, _, err := token.Find(t.Context(), upper.cert.PublicKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.CreateCertificate(nil, template, upper.cert, signer.Public(), upperSigner)
-	if err != nil {
-		t.Fatal(err)
-	}
-	lower, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
+	upper := made("upper", hsm.P384, 2, nil)
+	lower := made("lower", hsm.P256, 1, upper)
 	key, err := ca.GenerateKey(ca.P256)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := OpenRoot(RootOptions{Token: token, TrustDomain: contracttest.TrustDomain, CertificateFile: writePEM(t, lower, upper.cert)})
+	r, err := OpenRoot(RootOptions{Token: token, CertificateFile: writePEM(t, lower, upper)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,8 +172,8 @@ func TestAnIntermediateOnATokenIsPartOfEveryChain(t *testing.T) {
 	if err != nil || len(chain) != 2 || !chain[1].Equal(lower) || chain[0].NotAfter.After(lower.NotAfter) {
 		t.Errorf("the chain has %d, %v", len(chain), err)
 	}
-	for want, certs := range map[string][]*x509.Certificate{"is not self-signed": {lower}, "did not sign it": {upper.cert, lower, upper.cert}} {
-		r, err := OpenRoot(RootOptions{Token: token, TrustDomain: contracttest.TrustDomain, CertificateFile: writePEM(t, certs...)})
+	for want, certs := range map[string][]*x509.Certificate{"does not lead to a self-signed root": {lower}, "take the others out": {upper, lower}} {
+		r, err := OpenRoot(RootOptions{Token: token, CertificateFile: writePEM(t, certs...)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -179,7 +188,7 @@ func TestACertificateThatComesLateIsTakenUp(t *testing.T) {
 	token := openToken(t, p)
 	good := newRoot(t, token, hsm.P256, "root").o.CertificateFile
 	late := filepath.Join(t.TempDir(), "mounted", "root.pem")
-	r, err := OpenRoot(RootOptions{Token: token, TrustDomain: contracttest.TrustDomain, CertificateFile: late})
+	r, err := OpenRoot(RootOptions{Token: token, CertificateFile: late})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -59,22 +59,21 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 	}
 	client := f.client(t)
 	for name, open := range map[string]func() error{
-		"no client":       func() error { _, err := OpenRoot(RootOptions{TrustDomain: "a.example"}); return err },
-		"no trust domain": func() error { _, err := OpenRoot(RootOptions{Client: client}); return err },
+		"no client": func() error { _, err := OpenRoot(RootOptions{}); return err },
 		"an issuer with /": func() error {
-			_, err := OpenRoot(RootOptions{Client: client, TrustDomain: "a.example", Issuer: "a/b"})
+			_, err := OpenRoot(RootOptions{Client: client, Issuer: "a/b"})
 			return err
 		},
 		"an issuer with dots": func() error {
-			_, err := OpenRoot(RootOptions{Client: client, TrustDomain: "a.example", Issuer: ".."})
+			_, err := OpenRoot(RootOptions{Client: client, Issuer: ".."})
 			return err
 		},
 		"a mount with dots": func() error {
-			_, err := OpenRoot(RootOptions{Client: client, TrustDomain: "a.example", Mount: "a/../b"})
+			_, err := OpenRoot(RootOptions{Client: client, Mount: "a/../b"})
 			return err
 		},
 		"a negative interval": func() error {
-			_, err := OpenRoot(RootOptions{Client: client, TrustDomain: "a.example", PollInterval: -1})
+			_, err := OpenRoot(RootOptions{Client: client, PollInterval: -1})
 			return err
 		},
 		"keys without client":   func() error { _, err := OpenKeyStore(KeyStoreOptions{}); return err },

@@ -137,7 +137,7 @@ func (f *fixture) root(t *testing.T, o plugin.RootOptions) *plugin.Root {
 	if o.Client == nil {
 		o.Client = f.client
 	}
-	o.TrustDomain, o.PollInterval, o.Logger = contracttest.TrustDomain, time.Second/4, f.logger()
+	o.PollInterval, o.Logger = time.Second/4, f.logger()
 	root, err := plugin.OpenRoot(o)
 	if err != nil {
 		t.Fatalf("OpenRoot: %v", err)
