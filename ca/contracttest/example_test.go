@@ -65,7 +65,7 @@ func TestTheExampleKeepsThePromises(t *testing.T) {
 			t.Fatal(err)
 		}
 		return root
-	})
+	}, nil)
 }
 
 // TestTheGuideShowsTheExample holds docs/roots.md against this file.

@@ -23,9 +23,9 @@ import (
 var AllKeySpecs = []ca.KeySpec{ca.P256, ca.P384, ca.RSA2048, ca.RSA3072, ca.RSA4096}
 
 // KeyStore tests that what make returns keeps the promises of ca.KeyStore. make gives an empty store; reopen gives the same
-// one as it is after the process was started anew, or is nil for a store that keeps nothing. specs are the kinds of keys that
-// the store can make, at least one; every other kind must be refused.
-func KeyStore(t *testing.T, make func(t *testing.T) ca.KeyStore, reopen func(t *testing.T, store ca.KeyStore) ca.KeyStore, specs ...ca.KeySpec) {
+// one as it is after the process was started anew, or is nil for a store that keeps nothing; faults are what can happen to what it depends on, by name, or nil when that is nothing outside
+// of the process. specs are the kinds of keys that the store can make, at least one; every other kind must be refused.
+func KeyStore(t *testing.T, make func(t *testing.T) ca.KeyStore, reopen func(t *testing.T, store ca.KeyStore) ca.KeyStore, faults map[string]func(store ca.KeyStore) Fault, specs ...ca.KeySpec) {
 	if len(specs) == 0 {
 		t.Fatal("name the kinds of keys that the store can make")
 	}
@@ -144,6 +144,12 @@ func KeyStore(t *testing.T, make func(t *testing.T) ca.KeyStore, reopen func(t *
 		all.Wait()
 		checkSigns(t, open(t, store, shared), key.Public())
 	})
+	for name, fault := range faults {
+		t.Run("with "+name+" it says so, and loses nothing", func(t *testing.T) {
+			store := make(t)
+			keysWithout(t, store, fault(store), specs[0])
+		})
+	}
 	t.Run("a cancelled context ends it with that error", func(t *testing.T) {
 		store := make(t)
 		ref, key := create(t, store, specs[0])

@@ -25,8 +25,8 @@ const TrustDomain = "contract.example"
 const lifetime = 7 * 24 * time.Hour
 
 // Root tests that what make returns keeps the promises of ca.Root, and those that ca checks of every chain before it uses it.
-// make gives a working root for TrustDomain that lives longer than a week.
-func Root(t *testing.T, make func(t *testing.T) ca.Root) {
+// make gives a working root for TrustDomain that lives longer than a week; faults are what can happen to what it depends on, by name. nil: that is nothing outside of the process.
+func Root(t *testing.T, make func(t *testing.T) ca.Root, faults map[string]func(root ca.Root) Fault) {
 	t.Run("the chain leads to one of its roots and is a CA for leaves only", func(t *testing.T) {
 		root := make(t)
 		for name, key := range issuingKeys(t) {
@@ -132,6 +132,12 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root) {
 			}
 		}
 	})
+	for name, fault := range faults {
+		t.Run("with "+name+" it says so, and is well again by itself", func(t *testing.T) {
+			root := make(t)
+			rootWithout(t, root, fault(root))
+		})
+	}
 	t.Run("Changed may be asked for at any time", func(t *testing.T) {
 		root := make(t)
 		first := root.Changed()

@@ -267,7 +267,11 @@ func TestACAThatIsARootKeepsThePromisesOfARoot(t *testing.T) {
 					t.Fatalf("it brings %d certificates, %v", len(chain), err)
 				}
 				return c
-			})
+			}, map[string]func(ca.Root) contracttest.Fault{"its folder away": func(root ca.Root) contracttest.Fault {
+				f := folderAway(root.(*CACerts).dir)
+				f.Holds = true
+				return f
+			}})
 		})
 	}
 }

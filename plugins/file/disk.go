@@ -86,6 +86,14 @@ func read(path string, forbidden fs.FileMode, mend string) ([]byte, error) {
 	return data, nil
 }
 
+// inFolder tells a file that is not there from a folder that is not there, as one that is not mounted is: what that holds nobody knows, and the error does not wrap fs.ErrNotExist.
+func inFolder(dir string, err error) error {
+	if _, gone := os.Stat(dir); errors.Is(err, fs.ErrNotExist) && gone != nil {
+		return fmt.Errorf("the folder %s is away, with all keys that are in it: mount it, or put it back (%v)", dir, gone)
+	}
+	return err
+}
+
 // chmod is what to do about a mode.
 func chmod(path string) string { return fmt.Sprintf("run 'chmod 600 %s'", path) }
 

@@ -65,7 +65,7 @@ func (s *KeyStore) Create(ctx context.Context, spec ca.KeySpec) (string, crypto.
 		return "", nil, fmt.Errorf("making a %s key in %s: %w", spec, s.dir, err)
 	}
 	if err := writeKey(s.path(ref), key, s.passphrase); err != nil {
-		return "", nil, err
+		return "", nil, inFolder(s.dir, err)
 	}
 	return ref, key, nil
 }
@@ -77,7 +77,7 @@ func (s *KeyStore) Open(ctx context.Context, ref string) (crypto.Signer, error) 
 	}
 	key, err := readKey(s.path(ref), s.passphrase)
 	if err != nil {
-		return nil, err
+		return nil, inFolder(s.dir, err)
 	}
 	id, err := keyID(key.Public())
 	if err != nil {
@@ -95,7 +95,7 @@ func (s *KeyStore) Delete(ctx context.Context, ref string) error {
 	if err := s.check(ctx, ref, "deleting"); err != nil {
 		return err
 	}
-	if err := os.Remove(s.path(ref)); err != nil {
+	if err := inFolder(s.dir, os.Remove(s.path(ref))); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
@@ -109,7 +109,8 @@ func (s *KeyStore) File(ctx context.Context, ref string) (ca.KeyFile, error) {
 	if err := s.check(ctx, ref, "reading"); err != nil {
 		return ca.KeyFile{}, err
 	}
-	return keyFileOf(s.path(ref))
+	file, err := keyFileOf(s.path(ref))
+	return file, inFolder(s.dir, err)
 }
 
 // check lets nothing but a key id become a path.

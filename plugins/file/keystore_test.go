@@ -34,7 +34,9 @@ func TestKeyStoreKeepsTheContract(t *testing.T) {
 	t.Parallel()
 	contracttest.KeyStore(t, func(t *testing.T) ca.KeyStore {
 		return openKeyStore(t, KeyStoreOptions{Dir: filepath.Join(t.TempDir(), "keys")})
-	}, reopen, contracttest.AllKeySpecs...)
+	}, reopen, map[string]func(ca.KeyStore) contracttest.Fault{
+		"its folder away": func(store ca.KeyStore) contracttest.Fault { return folderAway(store.(*KeyStore).dir) },
+	}, contracttest.AllKeySpecs...)
 }
 
 func TestANewKeyIsEncryptedAsOpenSSLReadsIt(t *testing.T) {

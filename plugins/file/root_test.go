@@ -74,7 +74,19 @@ func writePassphrase(t *testing.T, text string) string {
 func TestRootKeepsTheContract(t *testing.T) {
 	contracttest.Root(t, func(t *testing.T) ca.Root {
 		return openRoot(t, RootOptions{Dir: filepath.Join(t.TempDir(), "root")})
-	})
+	}, map[string]func(ca.Root) contracttest.Fault{"its folder away": func(root ca.Root) contracttest.Fault { return folderAway(root.(*Root).dir) }})
+}
+
+// folderAway is the fault of a folder that is not mounted any more.
+func folderAway(dir string) contracttest.Fault {
+	rename := func(from, to string) func(t *testing.T) {
+		return func(t *testing.T) {
+			if err := os.Rename(from, to); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return contracttest.Fault{Away: rename(dir, dir+".away"), Back: rename(dir+".away", dir), Says: dir}
 }
 
 func TestEveryKindOfRootKeySignsChainsThatVerify(t *testing.T) {

@@ -133,6 +133,7 @@ func readCertificate(path string) (*x509.Certificate, error) {
 // key reads the root's key and makes sure that it is the one that was certified.
 func (r *Root) key() (crypto.Signer, error) {
 	key, err := readKey(r.path(r.keyName), r.passphrase)
+	err = inFolder(r.dir, err)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("the root in %s has lost its key, restore it from a backup: %w", r.dir, err)
 	}

@@ -8,5 +8,5 @@ import (
 )
 
 func TestContract(t *testing.T) {
-	contracttest.KeyStore(t, func(*testing.T) ca.KeyStore { return &KeyStore{} }, nil, contracttest.AllKeySpecs...)
+	contracttest.KeyStore(t, func(*testing.T) ca.KeyStore { return &KeyStore{} }, nil, nil, contracttest.AllKeySpecs...)
 }

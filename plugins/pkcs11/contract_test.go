@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -74,7 +75,7 @@ func TestTheKeyStoreKeepsItsPromisesOnEveryToken(t *testing.T) {
 			token.Close()
 			token = openToken(whole, p) // as another run of the program does
 			return newStore(t)
-		}, kinds...)
+		}, faults[ca.KeyStore](p), kinds...)
 	})
 }
 
@@ -89,6 +90,32 @@ func (l limited) Create(ctx context.Context, spec ca.KeySpec) (string, crypto.Si
 		return "", nil, errors.New("not here")
 	}
 	return l.KeyStore.Create(ctx, spec)
+}
+
+// faults take away the files or the process behind a token. NSS goes on with files that it has open, and the soft token of opencryptoki belongs to the whole machine: what hsm does when their
+// children are gone is its own test.
+func faults[T any](p *hsmparts.Part) map[string]func(T) contracttest.Fault {
+	all := map[string]func(T) contracttest.Fault{}
+	add := func(name string, fault contracttest.Fault) {
+		fault.Says = p.URI.Token
+		all[name] = func(T) contracttest.Fault { return fault }
+	}
+	switch p.Name {
+	case "TPM":
+		add("its process killed", contracttest.Fault{Away: func(*testing.T) { p.TPM.Kill() }, Back: func(t *testing.T) { p.TPM.Start(t) }})
+		add("its process stopped", contracttest.Fault{Away: func(t *testing.T) { p.TPM.Signal(t, syscall.SIGSTOP) }, Back: func(t *testing.T) { p.TPM.Signal(t, syscall.SIGCONT) }, Hangs: true})
+	case "SoftHSM":
+		files := filepath.Join(p.Dir, "tokens")
+		rename := func(from, to string) func(*testing.T) {
+			return func(t *testing.T) {
+				if err := os.Rename(from, to); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		add("its files away", contracttest.Fault{Away: rename(files, files+".away"), Back: rename(files+".away", files)})
+	}
+	return all
 }
 
 // newRoot makes a root on a token: the key there, its certificate in a file.
@@ -125,7 +152,7 @@ func writePEM(t *testing.T, certs ...*x509.Certificate) string {
 func TestTheRootKeepsItsPromisesOnEveryToken(t *testing.T) {
 	each(t, func(t *testing.T, p *hsmparts.Part) {
 		root := newRoot(t, openToken(t, p), p.Specs[0], "root")
-		contracttest.Root(t, func(*testing.T) ca.Root { return root })
+		contracttest.Root(t, func(*testing.T) ca.Root { return root }, faults[ca.Root](p))
 	})
 }
 

@@ -26,6 +26,7 @@ const (
 	defaultPrefix    = "kedge-"
 	defaultSignLimit = 5 * time.Second
 	generationLimit  = time.Minute // an RSA key takes a busy Vault a while to find
+	forgetLimit      = time.Second // beyond the end of the caller's context
 )
 
 // KeyStoreOptions say where the keys are.
@@ -240,7 +241,7 @@ func (s *KeyStore) forget(ctx context.Context, n name, why error) {
 	if r := refused(why); r != nil && (isDenied(why) || isMountGone(r) || r.isBusy()) { // nothing was made
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.o.Client.o.Timeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(s.o.Client.o.Timeout, forgetLimit))
 	defer cancel()
 	if err := s.remove(ctx, n); err != nil {
 		s.o.Logger.Warn("a key that could not be made may be left in Vault, and may be deleted there", "mount", s.o.Mount, "key", n.key, "error", err)
