@@ -46,7 +46,8 @@ func (s *Signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byt
 // SignWait is how long Sign waits for its turn and, once a call of the module has hung, for a new generation: those who wait for a signature have limits of their own.
 const SignWait = 3 * time.Second
 
-// SignContext is Sign with a limit of the caller's own.
+// SignContext is Sign with a limit of the caller's own. When a generation fails under it, it asks once more, whatever is signed: leaf, issuing CA, or what a ceremony makes. The digest is the same, and with it
+// each octet that it stands for, a serial or a CRL's number among them: of two signatures over it one was lost, and were it found, it would certify nothing else.
 func (s *Signer) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	request, err := s.request(digest, opts)
 	if err != nil {
