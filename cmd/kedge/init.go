@@ -74,8 +74,8 @@ A root of kind file is made by the first start; nothing is made here.
 			return nil
 		},
 	}
-	c.Flags().StringVar(&root, "root", "", "where the root is: file, cacerts, vault or pkcs11")
-	c.Flags().StringVar(&keys, "keys", config.KeyStoreFile, "where the keys of issuing CAs are: file, memory, vault or pkcs11")
+	c.Flags().StringVar(&root, "root", "", "where the root is: "+strings.Join(config.RootKinds(), ", "))
+	c.Flags().StringVar(&keys, "keys", config.KeyStoreFile, "where the keys of issuing CAs are: "+strings.Join(config.KeyStores(), ", "))
 	c.Flags().StringArrayVar(&set, "set", nil, "a key of the configuration and its value, like vault.address=https://vault.example:8200; may be given several times")
 	c.Flags().StringVar(&out, "out", "kedge.yaml", "the file to write; nothing is overwritten")
 	c.Flags().BoolVar(&unchecked, "unchecked", false, "write it without asking the real thing")
@@ -84,8 +84,7 @@ A root of kind file is made by the first start; nothing is made here.
 
 // initKeys gathers what the flags say, as keys of the configuration.
 func initKeys(root, keys string, set []string) (map[string]string, error) {
-	kinds := []string{config.RootKindFile, config.RootKindCACerts, config.RootKindVault, config.RootKindPKCS11}
-	if !slices.Contains(kinds, root) {
+	if kinds := config.RootKinds(); !slices.Contains(kinds, root) {
 		return nil, fmt.Errorf("--root is %q: name one of %s", root, strings.Join(kinds, ", "))
 	}
 	given := map[string]string{"root.kind": root, "issuingCA.keyStore": keys}

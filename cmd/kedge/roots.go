@@ -35,7 +35,7 @@ type folders struct {
 	tokens string // that a token has refused a PIN: it locks itself after a few
 }
 
-// openOrigins opens what the configuration names. It is the one place that knows every kind. What was opened is closed again when something fails.
+// openOrigins opens what the configuration names. What was opened is closed again when something fails.
 func openOrigins(c *config.Config, at folders, log *slog.Logger) (*origins, error) {
 	o := &origins{recorded: func() error { return nil }}
 	err := o.openRoot(c, at, log)
@@ -60,60 +60,65 @@ func (o *origins) close() error {
 	return errors.Join(errs...)
 }
 
+// rootOpeners and keyOpeners are how each kind is opened. They ask nothing of what is elsewhere: what is away keeps nobody from starting with what the ledger knows.
+var (
+	rootOpeners = map[string]func(o *origins, c *config.Config, at folders, log *slog.Logger) (ca.Root, error){
+		config.RootKindFile:    (*origins).openOwnRoot,
+		config.RootKindCACerts: (*origins).openCACerts,
+		config.RootKindVault:   (*origins).openVaultRoot,
+		config.RootKindPKCS11:  (*origins).openTokenRoot,
+	}
+	keyOpeners = map[string]func(o *origins, c *config.Config, at folders, log *slog.Logger) (ca.KeyStore, error){
+		config.KeyStoreFile: (*origins).openKeyFiles,
+		config.KeyStoreMemory: func(*origins, *config.Config, folders, *slog.Logger) (ca.KeyStore, error) {
+			return &memory.KeyStore{}, nil
+		},
+		config.KeyStoreVault:  (*origins).openVaultKeys,
+		config.KeyStorePKCS11: (*origins).openTokenKeys,
+	}
+)
+
 // openRoot opens the root. Others may have signed under one that was not made here, and nobody knows what.
 func (o *origins) openRoot(c *config.Config, at folders, log *slog.Logger) (err error) {
-	now := time.Now()
-	o.coverage = ledger.Coverage{Kind: "foreign", Until: ledger.At(now.Add(c.Root.ForeignWindow.Std()))}
-	switch c.Root.Kind {
-	case config.RootKindFile:
-		own, openErr := file.OpenRoot(file.RootOptions{Dir: c.Root.File.Dir, TrustDomain: c.TrustDomain, KeySpec: ca.KeySpec(c.Root.File.KeyType),
-			Lifetime: c.Root.File.Lifetime.Std(), PassphraseFile: c.Root.File.PassphraseFile, Logger: log})
-		if err = openErr; err != nil {
-			break
-		}
-		o.root, o.recorded = own, own.Recorded
-		o.coverage = ledger.Coverage{Kind: "since", Since: ledger.At(now)}
-		if own.Created() {
-			o.coverage = ledger.Coverage{Kind: "complete"}
-		}
-	case config.RootKindCACerts:
-		mounted, openErr := file.OpenCACerts(file.CACertsOptions{Dir: c.Root.CACerts.Dir, PassphraseFile: c.Root.CACerts.PassphraseFile,
-			TrustDomain: c.TrustDomain, Logger: log})
-		if err = openErr; err != nil {
-			break
-		}
-		o.root = mounted
-		o.closers = append(o.closers, mounted.Close)
-	case config.RootKindVault:
-		o.root, err = o.openVaultRoot(c, log)
-	case config.RootKindPKCS11:
-		o.root, err = o.openTokenRoot(c, at, log)
-	default:
-		err = fmt.Errorf("root.kind %q is unknown", c.Root.Kind) // a defect: the configuration was validated
-	}
-	if err != nil {
+	o.coverage = ledger.Coverage{Kind: "foreign", Until: ledger.At(time.Now().Add(c.Root.ForeignWindow.Std()))}
+	if o.root, err = rootOpeners[c.Root.Kind](o, c, at, log); err != nil {
 		return fmt.Errorf("opening the root: %w", err)
 	}
 	return nil
 }
 
 func (o *origins) openKeys(c *config.Config, at folders, log *slog.Logger) (err error) {
-	switch c.IssuingCA.KeyStore {
-	case config.KeyStoreFile:
-		o.keys, err = file.OpenKeyStore(file.KeyStoreOptions{Dir: at.keys, PassphraseFile: c.IssuingCA.PassphraseFile})
-	case config.KeyStoreMemory:
-		o.keys = &memory.KeyStore{}
-	case config.KeyStoreVault:
-		o.keys, err = o.openVaultKeys(c, log)
-	case config.KeyStorePKCS11:
-		o.keys, err = o.openTokenKeys(c, at, log)
-	default:
-		err = fmt.Errorf("issuingCA.keyStore %q is unknown", c.IssuingCA.KeyStore) // a defect: the configuration was validated
-	}
-	if err != nil {
+	if o.keys, err = keyOpeners[c.IssuingCA.KeyStore](o, c, at, log); err != nil {
 		return fmt.Errorf("opening the key store: %w", err)
 	}
 	return nil
+}
+
+// openOwnRoot opens the root that Kedge made, or makes it: of that the ledger knows what is signed under it.
+func (o *origins) openOwnRoot(c *config.Config, _ folders, log *slog.Logger) (ca.Root, error) {
+	own, err := file.OpenRoot(file.RootOptions{Dir: c.Root.File.Dir, TrustDomain: c.TrustDomain, KeySpec: ca.KeySpec(c.Root.File.KeyType),
+		Lifetime: c.Root.File.Lifetime.Std(), PassphraseFile: c.Root.File.PassphraseFile, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	o.recorded, o.coverage = own.Recorded, ledger.Coverage{Kind: "since", Since: ledger.At(time.Now())}
+	if own.Created() {
+		o.coverage = ledger.Coverage{Kind: "complete"}
+	}
+	return own, nil
+}
+
+func (o *origins) openCACerts(c *config.Config, _ folders, log *slog.Logger) (ca.Root, error) {
+	mounted, err := file.OpenCACerts(file.CACertsOptions{Dir: c.Root.CACerts.Dir, PassphraseFile: c.Root.CACerts.PassphraseFile, TrustDomain: c.TrustDomain, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	o.closers = append(o.closers, mounted.Close)
+	return mounted, nil
+}
+
+func (o *origins) openKeyFiles(c *config.Config, at folders, _ *slog.Logger) (ca.KeyStore, error) {
+	return file.OpenKeyStore(file.KeyStoreOptions{Dir: at.keys, PassphraseFile: c.IssuingCA.PassphraseFile})
 }
 
 func (o *origins) openAnchors(c *config.Config, log *slog.Logger) error {
@@ -161,7 +166,7 @@ func vaultLogin(l config.VaultLogin) vault.Login {
 	return vault.Login{Token: &token}
 }
 
-func (o *origins) openVaultRoot(c *config.Config, log *slog.Logger) (ca.Root, error) {
+func (o *origins) openVaultRoot(c *config.Config, _ folders, log *slog.Logger) (ca.Root, error) {
 	client, err := o.openVault(c, log)
 	if err != nil {
 		return nil, err
@@ -174,7 +179,7 @@ func (o *origins) openVaultRoot(c *config.Config, log *slog.Logger) (ca.Root, er
 	return root, nil
 }
 
-func (o *origins) openVaultKeys(c *config.Config, log *slog.Logger) (ca.KeyStore, error) {
+func (o *origins) openVaultKeys(c *config.Config, _ folders, log *slog.Logger) (ca.KeyStore, error) {
 	client, err := o.openVault(c, log)
 	if err != nil {
 		return nil, err

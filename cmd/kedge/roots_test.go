@@ -2,6 +2,8 @@ package main
 
 import (
 	"log/slog"
+	"maps"
+	"slices"
 	"testing"
 
 	"kedge/cmd/kedge/config"
@@ -27,5 +29,14 @@ func TestRootAndKeyStoreInOneTokenShareIt(t *testing.T) {
 	}
 	if tokens[0] != tokens[1] || tokens[0] == tokens[2] {
 		t.Error("a token is opened twice, or two are taken for one")
+	}
+}
+
+func TestEveryKindThatAConfigurationMayNameIsOpened(t *testing.T) {
+	if named, opened := slices.Sorted(slices.Values(config.RootKinds())), slices.Sorted(maps.Keys(rootOpeners)); !slices.Equal(named, opened) {
+		t.Errorf("the roots %v can be configured, and %v opened", named, opened)
+	}
+	if named, opened := slices.Sorted(slices.Values(config.KeyStores())), slices.Sorted(maps.Keys(keyOpeners)); !slices.Equal(named, opened) {
+		t.Errorf("the key stores %v can be configured, and %v opened", named, opened)
 	}
 }

@@ -2,6 +2,7 @@ package config
 
 import (
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"time"
 
@@ -14,45 +15,79 @@ const (
 	maxSessions      = 256
 )
 
-// root judges where the root and the keys are. A section for something that is not used would be believed to count, so it is refused.
+// RootKinds are the kinds of roots: each is the name of its section under root.
+func RootKinds() []string { return sections(reflect.TypeFor[Root]()) }
+
+// KeyStores are the kinds of key stores: two of which little is to be said, and each that has a section under issuingCA.
+func KeyStores() []string {
+	return append([]string{KeyStoreFile, KeyStoreMemory}, sections(reflect.TypeFor[IssuingCA]())...)
+}
+
+// sections are the keys of a struct that are sections themselves.
+func sections(of reflect.Type) (names []string) {
+	for i := range of.NumField() {
+		if field := of.Field(i); field.Type.Kind() == reflect.Struct {
+			names = append(names, field.Tag.Get("yaml"))
+		}
+	}
+	return names
+}
+
+// root judges where the root and the keys are.
 func (v *validation) root(c *Config) {
 	usual := Default()
-	r, keys := c.Root, c.IssuingCA
-	if v.oneOf("root.kind", r.Kind, RootKindFile, RootKindCACerts, RootKindVault, RootKindPKCS11) {
-		v.unused("root.file", r.File.without(usual.Root.File), RootFile{}, "root.kind", r.Kind, RootKindFile)
-		v.unused("root.cacerts", r.CACerts, usual.Root.CACerts, "root.kind", r.Kind, RootKindCACerts)
-		v.unused("root.vault", r.Vault, usual.Root.Vault, "root.kind", r.Kind, RootKindVault)
-		v.unused("root.pkcs11", r.PKCS11, usual.Root.PKCS11, "root.kind", r.Kind, RootKindPKCS11)
-	}
-	if v.oneOf("issuingCA.keyStore", keys.KeyStore, KeyStoreFile, KeyStoreMemory, KeyStoreVault, KeyStorePKCS11) {
-		v.unused("issuingCA.passphraseFile", keys.PassphraseFile, "", "issuingCA.keyStore", keys.KeyStore, KeyStoreFile)
-		v.unused("issuingCA.vault", keys.Vault, usual.IssuingCA.Vault, "issuingCA.keyStore", keys.KeyStore, KeyStoreVault)
-		v.unused("issuingCA.pkcs11", keys.PKCS11, usual.IssuingCA.PKCS11, "issuingCA.keyStore", keys.KeyStore, KeyStorePKCS11)
-	}
-	if v.seconds("root.foreignWindow", r.ForeignWindow) && r.ForeignWindow.Std() > maxForeignWindow {
-		v.refuse("root.foreignWindow", "%s is more than %s", r.ForeignWindow, Duration(maxForeignWindow))
-	}
-	if r.Kind == RootKindCACerts && r.CACerts.Dir == "" {
-		v.refuse("root.cacerts.dir", "it is required: the folder where the Secret is mounted, for instance /etc/cacerts")
-	}
-	if r.Kind == RootKindVault {
-		v.required("root.vault.mount", r.Vault.Mount, "where the PKI engine is mounted")
-		v.required("root.vault.issuer", r.Vault.Issuer, `name or id of the issuer, or "default"`)
-	}
-	if r.Kind == RootKindPKCS11 {
-		v.pkcs11URI("root.pkcs11.uri", r.PKCS11.URI)
-		v.required("root.pkcs11.certificateFile", r.PKCS11.CertificateFile, "the PEM file of the root's certificate; 'kedge ceremony' makes one")
-	}
-	if keys.KeyStore == KeyStoreVault {
-		v.required("issuingCA.vault.mount", keys.Vault.Mount, "where the Transit engine is mounted")
-		v.required("issuingCA.vault.prefix", keys.Vault.Prefix, `what the names of the keys begin with, like "kedge-"`)
-	}
-	if keys.KeyStore == KeyStorePKCS11 {
-		v.pkcs11URI("issuingCA.pkcs11.uri", keys.PKCS11.URI)
+	usual.Root.File.Dir = c.Root.File.Dir // it follows dataDir
+	v.kind("root", "kind", c.Root.Kind, RootKinds(), c.Root, usual.Root)
+	v.kind("issuingCA", "keyStore", c.IssuingCA.KeyStore, KeyStores(), c.IssuingCA, usual.IssuingCA)
+	v.unused("issuingCA.passphraseFile", c.IssuingCA.PassphraseFile, "", "issuingCA.keyStore", c.IssuingCA.KeyStore, KeyStoreFile)
+	if v.seconds("root.foreignWindow", c.Root.ForeignWindow) && c.Root.ForeignWindow.Std() > maxForeignWindow {
+		v.refuse("root.foreignWindow", "%s is more than %s", c.Root.ForeignWindow, Duration(maxForeignWindow))
 	}
 	v.vault(c, usual)
 	v.pkcs11(c, usual)
 }
+
+// kind makes sure that a kind is one of those that there are, and judges its section. One for another kind would be believed to count, so it is refused.
+func (v *validation) kind(path, key, kind string, kinds []string, given, usual any) {
+	if !v.oneOf(at(path, key), kind, kinds...) {
+		return
+	}
+	all, without := reflect.ValueOf(given), reflect.ValueOf(usual)
+	for i := range all.NumField() {
+		field := all.Type().Field(i)
+		name := field.Tag.Get("yaml")
+		if field.Type.Kind() != reflect.Struct {
+			continue
+		}
+		v.unused(at(path, name), all.Field(i).Interface(), without.Field(i).Interface(), at(path, key), kind, name)
+		if section, ok := all.Field(i).Interface().(interface {
+			judge(v *validation, path string)
+		}); ok && name == kind {
+			section.judge(v, at(path, name))
+		}
+	}
+}
+
+func (r RootCACerts) judge(v *validation, path string) {
+	v.required(at(path, "dir"), r.Dir, "the folder where the Secret is mounted, for instance /etc/cacerts")
+}
+
+func (r RootVault) judge(v *validation, path string) {
+	v.required(at(path, "mount"), r.Mount, "where the PKI engine is mounted")
+	v.required(at(path, "issuer"), r.Issuer, `name or id of the issuer, or "default"`)
+}
+
+func (r RootPKCS11) judge(v *validation, path string) {
+	v.pkcs11URI(at(path, "uri"), r.URI)
+	v.required(at(path, "certificateFile"), r.CertificateFile, "the PEM file of the root's certificate; 'kedge ceremony' makes one")
+}
+
+func (k KeysVault) judge(v *validation, path string) {
+	v.required(at(path, "mount"), k.Mount, "where the Transit engine is mounted")
+	v.required(at(path, "prefix"), k.Prefix, `what the names of the keys begin with, like "kedge-"`)
+}
+
+func (k KeysPKCS11) judge(v *validation, path string) { v.pkcs11URI(at(path, "uri"), k.URI) }
 
 func (v *validation) vault(c, usual *Config) {
 	s, l := c.Vault, c.Vault.Login
@@ -160,16 +195,4 @@ func (v *validation) unused(path string, given, usual any, by, counts string, me
 	if given != usual {
 		v.refuse(path, "it is for %s %s, and that is %s", by, meant[0], counts)
 	}
-}
-
-// without leaves out what a section has by default.
-func (f RootFile) without(usual RootFile) RootFile {
-	if f.KeyType == usual.KeyType {
-		f.KeyType = ""
-	}
-	if f.Lifetime == usual.Lifetime {
-		f.Lifetime = 0
-	}
-	f.Dir = "" // it follows dataDir
-	return f
 }

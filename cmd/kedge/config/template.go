@@ -46,14 +46,18 @@ func (c *Config) WriteTemplate(w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	t := template{comments: comments, usual: reflect.ValueOf(*Default()), skip: map[string]bool{
+	usual := Default()
+	usual.Root.File.Dir = c.Root.File.Dir // it follows dataDir
+	t := template{comments: comments, usual: reflect.ValueOf(*usual), skip: map[string]bool{
 		"csr": true, "operations": true, "log": true, "tracing": true, "profiles": true, "cfsslProfilesFile": true, "callers": true, "ledger": true,
-		"root.file": c.Root.Kind != RootKindFile, "root.cacerts": c.Root.Kind != RootKindCACerts, "root.vault": c.Root.Kind != RootKindVault,
-		"root.pkcs11": c.Root.Kind != RootKindPKCS11, "root.foreignWindow": c.Root.Kind == RootKindFile,
-		"issuingCA.vault": c.IssuingCA.KeyStore != KeyStoreVault, "issuingCA.pkcs11": c.IssuingCA.KeyStore != KeyStorePKCS11,
-		"issuingCA.passphraseFile": c.IssuingCA.KeyStore != KeyStoreFile,
-		"vault":                    !c.UsesVault(), "pkcs11": !c.UsesPKCS11(),
+		"root.foreignWindow": c.Root.Kind == RootKindFile, "issuingCA.passphraseFile": c.IssuingCA.KeyStore != KeyStoreFile, "vault": !c.UsesVault(), "pkcs11": !c.UsesPKCS11(),
 	}}
+	for _, kind := range RootKinds() {
+		t.skip[at("root", kind)] = kind != c.Root.Kind
+	}
+	for _, kind := range KeyStores() {
+		t.skip[at("issuingCA", kind)] = kind != c.IssuingCA.KeyStore
+	}
 	t.text.WriteString("# Kedge's configuration. What is not here has its default: 'kedge config print' shows all that holds, docs/configuration.md explains it.\n")
 	if err := t.section("", 0, reflect.ValueOf(*c)); err != nil {
 		return err
@@ -86,7 +90,7 @@ func (t *template) section(path string, depth int, v reflect.Value) error {
 		field := v.Type().Field(i)
 		key := field.Tag.Get("yaml")
 		full := at(path, key)
-		if t.skip[full] && reflect.DeepEqual(v.Field(i).Interface(), usual.Field(i).Interface()) || full == "root.file" && t.skip[full] {
+		if t.skip[full] && reflect.DeepEqual(v.Field(i).Interface(), usual.Field(i).Interface()) {
 			continue
 		}
 		t.comment(indent, t.comments[v.Type().Name()+"."+field.Name])
