@@ -76,19 +76,37 @@ func (f Fault) saysSo(t *testing.T, of any, away bool) {
 	})
 }
 
+// without takes it away from something that holds all that it needs: that goes on, and only its Problem says so.
+func (f Fault) without(t *testing.T, of any, goesOn func()) {
+	t.Helper()
+	back := f.take(t)
+	goesOn()
+	f.saysSo(t, of, true)
+	goesOn()
+	back()
+	f.saysSo(t, of, false)
+	goesOn()
+}
+
 // rootWithout holds a root to what it promises while something is away, and after that.
 func rootWithout(t *testing.T, root ca.Root, f Fault) {
 	before, key := roots(t, root), newKey(t)
-	certify(t, root, request(t, key))
-	back := f.take(t)
-	if f.Holds {
+	works := func() {
 		checkChain(t, root, certify(t, root, request(t, key)), key.Public())
-	} else {
-		f.fails(t, "Certify", func(ctx context.Context) error {
-			_, err := root.Certify(ctx, request(t, key))
-			return err
-		})
+		if !sameCertificates(roots(t, root), before) {
+			t.Error("its roots are others than before")
+		}
 	}
+	works()
+	if f.Holds {
+		f.without(t, root, works)
+		return
+	}
+	back := f.take(t)
+	f.fails(t, "Certify", func(ctx context.Context) error {
+		_, err := root.Certify(ctx, request(t, key))
+		return err
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), awayLimit)
 	defer cancel()
 	if held, err := root.Roots(ctx); err == nil && !sameCertificates(held, before) || err != nil && !strings.Contains(err.Error(), f.Says) {
@@ -100,10 +118,7 @@ func rootWithout(t *testing.T, root ca.Root, f Fault) {
 		_, err := root.Certify(t.Context(), request(t, key))
 		return err
 	})
-	checkChain(t, root, certify(t, root, request(t, key)), key.Public())
-	if !sameCertificates(roots(t, root), before) {
-		t.Error("its roots are others than before")
-	}
+	works()
 	f.saysSo(t, root, false)
 }
 

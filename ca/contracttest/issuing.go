@@ -16,6 +16,7 @@ type Moving struct {
 	Other  func(t *testing.T)            // puts another good issuing CA, under the same root, in the place of the one that there is
 	Spoil  map[string]func(t *testing.T) // by name: puts something there that must be refused
 	Settle func(t *testing.T)            // returns once what was put there was looked at
+	Faults map[string]Fault              // by name: what can happen to what it depends on; it holds what it brings
 }
 
 // IssuingRoot tests that what make returns keeps the promises of ca.IssuingRoot: that what it brings is good, that another one takes over, and that nothing bad does.
@@ -86,6 +87,17 @@ func IssuingRoot(t *testing.T, make func(t *testing.T) Moving) {
 			if reporter, ok := m.Root.(ca.Reporter); ok && reporter.Problem() != nil {
 				t.Errorf("a good one came, and it still says: %v", reporter.Problem())
 			}
+		})
+	}
+	for name := range make(t).Faults {
+		t.Run("with "+name+" what it brought goes on, and it says so", func(t *testing.T) {
+			m := make(t)
+			first := check(t, m.Root)
+			m.Faults[name].without(t, m.Root, func() {
+				if !check(t, m.Root).Equal(first) {
+					t.Error("Issuing brought another one")
+				}
+			})
 		})
 	}
 	t.Run("a cancelled context ends it with that error", func(t *testing.T) {

@@ -219,7 +219,8 @@ func TestCACertsKeepThePromisesOfAnIssuingRoot(t *testing.T) {
 		v := &volume{dir: t.TempDir()}
 		v.put(t, cacerts(t, root, good))
 		c := openCACerts(t, v.dir, nil)
-		m := contracttest.Moving{Root: c, Other: func(t *testing.T) { v.put(t, cacerts(t, root, newSomeCA(t, "Next Intermediate", root, nil))) }, Spoil: map[string]func(*testing.T){},
+		m := contracttest.Moving{Root: c, Faults: map[string]contracttest.Fault{"its folder away": folderAway(v.dir)},
+			Other: func(t *testing.T) { v.put(t, cacerts(t, root, newSomeCA(t, "Next Intermediate", root, nil))) }, Spoil: map[string]func(*testing.T){},
 			Settle: func(t *testing.T) { settled(t, c.watch) }}
 		for name, files := range bad {
 			m.Spoil[name] = func(t *testing.T) { v.put(t, files) }
@@ -505,6 +506,8 @@ func TestAnchorsKeepTheirPromises(t *testing.T) {
 	contracttest.Anchors(t, func(t *testing.T) (ca.Anchors, func(*testing.T)) {
 		file := path(t, pemOf(one, two))
 		return open(t, file), func(t *testing.T) { rewrite(t, file, pemOf(two)) }
+	}, map[string]func(ca.Anchors) contracttest.Fault{
+		"its folder away": func(anchors ca.Anchors) contracttest.Fault { return folderAway(filepath.Dir(anchors.(*Anchors).path)) },
 	})
 	t.Run("a bad file is refused as a whole", func(t *testing.T) {
 		leaf := newSomeCA(t, "Leaf", nil, func(c *x509.Certificate) { c.IsCA = false })
