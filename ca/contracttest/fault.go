@@ -125,6 +125,7 @@ func rootWithout(t *testing.T, root ca.Root, f Fault) {
 // keysWithout does so with a key store: nothing that it held is lost.
 func keysWithout(t *testing.T, store ca.KeyStore, f Fault, spec ca.KeySpec) {
 	ref, key := create(t, store, spec)
+	given, _ := create(t, store, spec) // to be deleted: what hangs may do so once it goes on
 	checkSigns(t, key, key.Public())
 	back := f.take(t)
 	signed := make(chan error, 1)
@@ -137,7 +138,7 @@ func keysWithout(t *testing.T, store ca.KeyStore, f Fault, spec ca.KeySpec) {
 		_, err := store.Open(ctx, ref)
 		return err
 	})
-	f.fails(t, "Delete", func(ctx context.Context) error { return store.Delete(ctx, ref) })
+	f.fails(t, "Delete", func(ctx context.Context) error { return store.Delete(ctx, given) })
 	f.fails(t, "Create", func(ctx context.Context) error {
 		_, _, err := store.Create(ctx, spec)
 		return err
@@ -157,8 +158,10 @@ func keysWithout(t *testing.T, store ca.KeyStore, f Fault, spec ca.KeySpec) {
 	checkSigns(t, key, key.Public()) // the one that was open all the time
 	checkSigns(t, open(t, store, ref), key.Public())
 	made, _ := create(t, store, spec)
-	if err := store.Delete(t.Context(), made); err != nil {
-		t.Errorf("Delete: %v", err)
+	for _, ref := range []string{given, made} {
+		if err := store.Delete(t.Context(), ref); err != nil {
+			t.Errorf("Delete: %v", err)
+		}
 	}
 	f.saysSo(t, store, false)
 }
