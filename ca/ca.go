@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -231,88 +230,6 @@ func (c *CA) Ready(ctx context.Context) error {
 	}
 	if err := c.ledger.Probe(ctx); err != nil {
 		return fmt.Errorf("writing to the ledger: %w", err)
-	}
-	return nil
-}
-
-// What a problem may be about without which issuing goes on until the issuing CA ends.
-const (
-	aboutRoot    = "root"
-	aboutIssuing = "issuing CA"
-)
-
-// problems are what is wrong now, by what it is about, so that each is logged when it comes and when it goes.
-type problems struct {
-	mu   sync.Mutex
-	said map[string]error
-}
-
-// set notes that about has the problem err, or none any more, and says whether that is news.
-func (p *problems) set(about string, err error) (news bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	before := p.said[about]
-	if err == nil {
-		delete(p.said, about)
-		return before != nil
-	}
-	p.said[about] = err
-	return before == nil || before.Error() != err.Error()
-}
-
-// each calls do for all that is noted.
-func (p *problems) each(do func(about string, err error)) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for about, err := range p.said {
-		do(about, err)
-	}
-}
-
-// Problems lists what is wrong though the CA goes on: each with what it is about and what to do, and when it goes on no longer.
-func (c *CA) Problems() []error {
-	var all []error
-	active := c.trust.Load().active
-	add := func(about string, err error) {
-		if (about == aboutRoot || about == aboutIssuing) && active != nil {
-			err = fmt.Errorf("%w. The issuing CA that there is ends at %s", err, active.notAfter.UTC().Format(time.RFC3339))
-		}
-		all = append(all, fmt.Errorf("%s: %w", about, err))
-	}
-	c.problems.each(add)
-	for about, part := range map[string]any{aboutRoot: c.root, "key store": c.keys, "trust anchors": c.anchors} {
-		if reporter, ok := part.(Reporter); ok {
-			if err := reporter.Problem(); err != nil {
-				add(about, err)
-			}
-		}
-	}
-	if err := c.ledger.Fault(); err != nil {
-		all = append(all, fmt.Errorf("ledger: %w", err))
-	}
-	if err := c.ending(); err != nil {
-		all = append(all, err)
-	}
-	if err := c.guarded.Behind(); err != nil {
-		all = append(all, fmt.Errorf("clock: %w", err))
-	}
-	return all
-}
-
-// ending says when certificates are, or soon will be, cut short by the end of what they chain to.
-func (c *CA) ending() error {
-	t, now := c.trust.Load(), c.now()
-	for _, root := range t.roots {
-		if left := root.notAfter.Sub(now); left < 2*c.issuingLifetime {
-			return fmt.Errorf("root: %s ends at %s, in less than two lifetimes of an issuing CA: plan its successor now", root.short(), root.notAfter.Format(time.RFC3339))
-		}
-	}
-	var longest time.Duration
-	for _, profile := range c.profiles {
-		longest = max(longest, profile.MaxTTL())
-	}
-	if t.active != nil && t.active.notAfter.Sub(now) < longest {
-		return fmt.Errorf("issuing CA: %s ends at %s, so certificates are cut short: its renewal is overdue", t.active.short(), t.active.notAfter.Format(time.RFC3339))
 	}
 	return nil
 }

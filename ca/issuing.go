@@ -283,22 +283,6 @@ func (c *CA) chores(ctx context.Context) {
 	c.Note("guarded clock", c.guarded.Save())
 }
 
-// Note lists err in Problems as what is wrong about something, until it is noted anew; nil means that it works. It is logged when it comes and
-// when it goes. An end of the CA itself (context.Canceled) is no problem.
-func (c *CA) Note(about string, err error) {
-	if errors.Is(err, context.Canceled) {
-		return
-	}
-	if !c.problems.set(about, err) {
-		return
-	}
-	if err != nil {
-		c.log.Error("something is wrong and is tried again", "about", about, "error", err)
-	} else {
-		c.log.Info("works again", "about", about)
-	}
-}
-
 // removeRetired lets go of issuing CAs under which no SVID is left. Of one whose coverage is not complete that is certain only after its own end,
 // which nothing under it outlives (I3). The clock is the guarded one (I8).
 func (c *CA) removeRetired(ctx context.Context) (err error) {

@@ -96,5 +96,5 @@ func (h *highWater) problem() error {
 	if h.wrong == nil {
 		return nil
 	}
-	return fmt.Errorf("high-water mark: %w: until it can be written, an older copy of the ledger that is put back may go unnoticed", h.wrong)
+	return fmt.Errorf("%w: until it can be written, an older copy of the ledger that is put back may go unnoticed", h.wrong)
 }

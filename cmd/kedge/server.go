@@ -388,13 +388,13 @@ func (s *server) keepHealth(ctx context.Context) error {
 }
 
 // problems lists what is wrong though the CA goes on.
-func (s *server) problems() []error {
+func (s *server) problems() []ca.Problem {
 	all := s.ca.Problems()
 	if err := s.mark.problem(); err != nil {
-		all = append(all, err)
+		all = append(all, ca.Problem{About: "high-water mark", Err: err})
 	}
 	for _, problem := range s.authn.Problems() {
-		all = append(all, errors.New(problem))
+		all = append(all, ca.Problem{About: "token issuer", Err: errors.New(problem)})
 	}
 	return all
 }

@@ -208,7 +208,7 @@ func (a *Authenticator) Problems() []string {
 	var all []string
 	for _, i := range a.order {
 		if problem := i.keys.problem(); problem != "" {
-			all = append(all, fmt.Sprintf("token issuer %q: %s", i.name, problem))
+			all = append(all, fmt.Sprintf("%q: %s", i.name, problem))
 		}
 	}
 	return all

@@ -150,9 +150,9 @@ func (m *Metrics) Commit(c ledger.Commit) {
 // Collector reads the state of a CA when it is scraped.
 type Collector struct {
 	CA       *ca.CA
-	Problems func() []error   // what is wrong though the CA goes on; nil: what the CA itself says
-	Gate     *gate.Gate       // of the CSR API's port
-	Serving  func() time.Time // when the serving certificate expires; zero while there is none
+	Problems func() []ca.Problem // what is wrong though the CA goes on
+	Gate     *gate.Gate          // of the CSR API's port
+	Serving  func() time.Time    // when the serving certificate expires; zero while there is none
 }
 
 var (
@@ -162,6 +162,7 @@ var (
 	numberDesc      = prometheus.NewDesc("kedge_ledger_number", "Number of the ledger's last event.", nil, nil)
 	faultDesc       = prometheus.NewDesc("kedge_ledger_fault", "1 while the ledger takes no event.", nil, nil)
 	problemsDesc    = prometheus.NewDesc("kedge_problems", "How many things are wrong though the CA goes on: see kedge doctor.", nil, nil)
+	problemDesc     = prometheus.NewDesc("kedge_problem", "1 for each thing that is wrong, while it is; with the file and the reason when a file is no good.", []string{"about", "file", "reason"}, nil)
 	connectionsDesc = prometheus.NewDesc("kedge_connections", "Connections to the CSR API's port.", []string{"state"}, nil)
 	waitingDesc     = prometheus.NewDesc("kedge_waiting", "Handshakes and calls that wait for their turn.", []string{"what"}, nil)
 	servingDesc     = prometheus.NewDesc("kedge_serving_certificate_not_after_timestamp_seconds", "When the certificate of the CSR API's server expires; 0 while there is none.", nil, nil)
@@ -171,7 +172,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (c Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, connectionsDesc, waitingDesc, servingDesc, rootDesc, chainDesc} {
+	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, problemDesc, connectionsDesc, waitingDesc, servingDesc, rootDesc, chainDesc} {
 		ch <- d
 	}
 }
@@ -211,11 +212,11 @@ func (c Collector) Collect(ch chan<- prometheus.Metric) {
 		fault = 1
 	}
 	gauge(faultDesc, fault)
-	problems := c.CA.Problems
-	if c.Problems != nil {
-		problems = c.Problems
+	problems := c.Problems()
+	gauge(problemsDesc, float64(len(problems)))
+	for wrong := range distinct(problems) {
+		gauge(problemDesc, 1, wrong.about, wrong.file, string(wrong.reason))
 	}
-	gauge(problemsDesc, float64(len(problems())))
 	counts := c.Gate.Counts()
 	gauge(connectionsDesc, float64(counts.Connections-counts.Idle), "busy")
 	gauge(connectionsDesc, float64(counts.Idle), "idle")
@@ -230,4 +231,25 @@ func (c Collector) Collect(ch chan<- prometheus.Metric) {
 	if !chain.IsZero() {
 		gauge(chainDesc, float64(chain.Unix()))
 	}
+}
+
+// wrong is what monitoring is told of a problem.
+type wrong struct {
+	about, file string
+	reason      ca.Reason
+}
+
+// distinct are the problems as monitoring tells them apart: a root that is away may be said twice, and Prometheus takes no sample twice.
+func distinct(problems []ca.Problem) map[wrong]bool {
+	all := map[wrong]bool{}
+	for _, p := range problems {
+		files := ca.FileErrors(p.Err)
+		if len(files) == 0 {
+			all[wrong{about: p.About}] = true
+		}
+		for _, f := range files {
+			all[wrong{p.About, f.File, f.Reason}] = true
+		}
+	}
+	return all
 }

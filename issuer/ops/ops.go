@@ -11,6 +11,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"kedge/ca"
 )
 
 const (
@@ -79,7 +81,7 @@ func (r *Readiness) probe(done chan<- struct{}) {
 }
 
 // NewServer makes the HTTP server. problems lists what is wrong though the CA goes on; /readyz shows it below its verdict.
-func NewServer(ready *Readiness, problems func() []error, metrics prometheus.Gatherer) *http.Server {
+func NewServer(ready *Readiness, problems func() []ca.Problem, metrics prometheus.Gatherer) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintln(w, "ok")

@@ -14,6 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"kedge/ca"
 	"kedge/issuer/ops"
 )
 
@@ -21,7 +22,7 @@ import (
 type desk struct {
 	*http.Server
 	*ops.Readiness
-	problems []error
+	problems []ca.Problem
 	outcome  atomic.Pointer[error] // of the next probes
 	probes   atomic.Int64
 }
@@ -35,7 +36,7 @@ func newDesk() *desk {
 		}
 		return nil
 	}}
-	d.Server = ops.NewServer(d.Readiness, func() []error { return d.problems }, prometheus.NewRegistry())
+	d.Server = ops.NewServer(d.Readiness, func() []ca.Problem { return d.problems }, prometheus.NewRegistry())
 	return d
 }
 
@@ -76,7 +77,7 @@ func TestReadyzIsNegativeForAKeyThatDoesNotSign(t *testing.T) {
 func TestReadyzListsWhatIsWrongThoughTheCAGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDesk()
-		d.problems = []error{errors.New("issuing CA: the vault is sealed"), errors.New("clock: it jumped")}
+		d.problems = []ca.Problem{{About: "issuing CA", Err: errors.New("the vault is sealed")}, {About: "clock", Err: errors.New("it jumped")}}
 		const problems = "problem: issuing CA: the vault is sealed\nproblem: clock: it jumped\n"
 		d.says(t, "/readyz", http.StatusOK, "ready\n"+problems)
 		d.fail(errors.New("the disk is full"))

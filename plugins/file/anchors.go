@@ -62,14 +62,14 @@ func OpenAnchors(o AnchorsOptions) (*Anchors, error) {
 }
 
 // parseAnchors reads the text of a file of trust anchors.
-func parseAnchors(text []byte, td spiffeid.TrustDomain) ([]*x509.Certificate, error) {
+func parseAnchors(path string, text []byte, td spiffeid.TrustDomain) ([]*x509.Certificate, error) {
 	certs, err := pemfile.Certificates(text)
 	if err != nil {
-		return nil, err
+		return nil, bad(path, ca.Unreadable, "%w", err)
 	}
 	for _, cert := range certs {
 		if err := checkTrustAnchor(cert, td); err != nil {
-			return nil, fmt.Errorf("the certificate %q: %w", cert.Subject, err)
+			return nil, bad(path, ca.Unfit, "the certificate %q: %w", cert.Subject, err)
 		}
 	}
 	return distinct(certs), nil
@@ -81,7 +81,7 @@ func CheckAnchorsFile(path string, td spiffeid.TrustDomain) error {
 	if err != nil {
 		return err
 	}
-	if _, err := parseAnchors(text, td); err != nil {
+	if _, err := parseAnchors(path, text, td); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	return nil
@@ -99,7 +99,7 @@ func (a *Anchors) look() (changed bool, err error) {
 	if same {
 		return false, nil
 	}
-	certs, err := parseAnchors(text, a.td)
+	certs, err := parseAnchors(a.path, text, a.td)
 	if err != nil {
 		return false, a.refused(err)
 	}

@@ -163,8 +163,15 @@ func change(files map[string]string, name, text string) map[string]string {
 	return changed
 }
 
-// badSets are what must be refused, with what is said of it.
-func badSets(t testing.TB, root, good *someCA) map[string]map[string]string {
+// badSet is a set that must be refused, and what monitoring is told of it.
+type badSet struct {
+	files  map[string]string
+	file   string
+	reason ca.Reason
+}
+
+// badSets are by what is said of them.
+func badSets(t testing.TB, root, good *someCA) map[string]badSet {
 	files := cacerts(t, root, good)
 	stranger, other := newSomeCA(t, "Another Root", nil, nil), newSomeCA(t, "Other Intermediate", root, nil)
 	expired := newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Minute) })
@@ -173,27 +180,27 @@ func badSets(t testing.TB, root, good *someCA) map[string]map[string]string {
 	leaf := newSomeCA(t, "Leaf", root, func(c *x509.Certificate) { c.IsCA, c.MaxPathLenZero = false, false })
 	below := newSomeCA(t, "Below", good, nil)
 	elsewhere := newSomeCA(t, "Elsewhere", root, func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "elsewhere"}} })
-	return map[string]map[string]string{
-		"ca-key.pem is missing":                        change(files, "ca-key.pem", ""),
-		"root-cert.pem is missing":                     change(files, "root-cert.pem", ""),
-		"there is neither ca-cert.pem nor tls.crt":     change(files, "ca-cert.pem", ""),
-		"ca-key.pem does not belong to ca-cert.pem":    change(files, "ca-key.pem", keyPEM(t, other.key, clearType)),
-		"ca-cert.pem does not lead to any root":        change(files, "root-cert.pem", pemOf(stranger)),
-		"does not belong to the chain":                 change(files, "cert-chain.pem", pemOf(good, stranger)),
-		"PEM blocks begin in it":                       change(files, "root-cert.pem", pemOf(root)+"-----BEGIN CERTIFICATE-----\nAAAA"),
-		"only certificates belong there":               change(files, "root-cert.pem", pemOf(root)+keyPEM(t, root.key, clearType)),
-		"ca-key.pem: it holds no PEM block":            change(files, "ca-key.pem", "nothing"),
-		"in the old form of PEM":                       change(files, "ca-key.pem", "-----BEGIN EC PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nAAAA\n-----END EC PRIVATE KEY-----\n"),
-		"expired at":                                   cacerts(t, root, expired),
-		"is valid only from":                           cacerts(t, root, early),
-		"would outlive its issuer":                     cacerts(t, root, long),
-		"it is not a CA certificate":                   cacerts(t, root, leaf),
-		"signs for servers":                            cacerts(t, root, newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} })),
-		"and the configured trust domain is":           cacerts(t, root, elsewhere),
-		"holds 2 certificates: it is the CA's own":     change(files, "ca-cert.pem", pemOf(good, root)),
-		"is self-signed and not in root-cert.pem":      change(cacerts(t, root, stranger), "root-cert.pem", pemOf(root)),
-		"allows 0 CAs below it":                        change(cacerts(t, root, below), "cert-chain.pem", pemOf(below, good, root)),
-		"it is encrypted and no passphrase file is co": change(files, "ca-key.pem", sealedPEM(t, good.key)),
+	return map[string]badSet{
+		"ca-key.pem is missing":                     {change(files, "ca-key.pem", ""), "ca-key.pem", ca.Incomplete},
+		"root-cert.pem is missing":                  {change(files, "root-cert.pem", ""), "root-cert.pem", ca.Incomplete},
+		"there is neither ca-cert.pem nor tls.crt":  {change(files, "ca-cert.pem", ""), "ca-cert.pem", ca.Incomplete},
+		"ca-key.pem does not belong to ca-cert.pem": {change(files, "ca-key.pem", keyPEM(t, other.key, clearType)), "ca-key.pem", ca.Mismatched},
+		"ca-cert.pem does not lead to any root":     {change(files, "root-cert.pem", pemOf(stranger)), "ca-cert.pem", ca.Mismatched},
+		"does not belong to the chain":              {change(files, "cert-chain.pem", pemOf(good, stranger)), "cert-chain.pem", ca.Mismatched},
+		"PEM blocks begin in it":                    {change(files, "root-cert.pem", pemOf(root)+"-----BEGIN CERTIFICATE-----\nAAAA"), "root-cert.pem", ca.Unreadable},
+		"only certificates belong there":            {change(files, "root-cert.pem", pemOf(root)+keyPEM(t, root.key, clearType)), "root-cert.pem", ca.Unreadable},
+		"ca-key.pem: it holds no PEM block":         {change(files, "ca-key.pem", "nothing"), "ca-key.pem", ca.Unreadable},
+		"in the old form of PEM":                    {change(files, "ca-key.pem", "-----BEGIN EC PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nAAAA\n-----END EC PRIVATE KEY-----\n"), "ca-key.pem", ca.Unreadable},
+		"expired at":                                {cacerts(t, root, expired), "ca-cert.pem", ca.Expired},
+		"is valid only from":                        {cacerts(t, root, early), "ca-cert.pem", ca.NotYetValid},
+		`ca-cert.pem: the certificate "CN=Intermediate,O=Istio" would outlive its issuer`: {cacerts(t, root, long), "ca-cert.pem", ca.OutlivesIssuer},
+		"it is not a CA certificate":               {cacerts(t, root, leaf), "ca-cert.pem", ca.Unfit},
+		"signs for servers":                        {cacerts(t, root, newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} })), "ca-cert.pem", ca.Unfit},
+		"and the configured trust domain is":       {cacerts(t, root, elsewhere), "ca-cert.pem", ca.Unfit},
+		"holds 2 certificates: it is the CA's own": {change(files, "ca-cert.pem", pemOf(good, root)), "ca-cert.pem", ca.Mismatched},
+		"is self-signed and not in root-cert.pem":  {change(cacerts(t, root, stranger), "root-cert.pem", pemOf(root)), "root-cert.pem", ca.Mismatched},
+		`cert-chain.pem: the certificate "CN=Intermediate,O=Istio" allows 0 CAs below it`: {change(cacerts(t, root, below), "cert-chain.pem", pemOf(below, good, root)), "cert-chain.pem", ca.Unfit},
+		"it is encrypted and no passphrase file is co":                                    {change(files, "ca-key.pem", sealedPEM(t, good.key)), "ca-key.pem", ca.Unreadable},
 	}
 }
 
@@ -211,6 +218,14 @@ func sealedPEM(t testing.TB, key crypto.Signer) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: sealedType, Bytes: encrypted}))
 }
 
+// tells makes sure that an error tells monitoring of one file.
+func tells(t testing.TB, err error, file string, reason ca.Reason) {
+	t.Helper()
+	if found := ca.FileErrors(err); len(found) != 1 || found[0].File != file || found[0].Reason != reason {
+		t.Errorf("monitoring is told %+v of: %v", found, err)
+	}
+}
+
 func TestCACertsKeepThePromisesOfAnIssuingRoot(t *testing.T) {
 	root := newSomeCA(t, "Root", nil, nil)
 	good := newSomeCA(t, "Intermediate", root, nil)
@@ -222,8 +237,8 @@ func TestCACertsKeepThePromisesOfAnIssuingRoot(t *testing.T) {
 		m := contracttest.Moving{Root: c, Faults: map[string]contracttest.Fault{"its folder away": folderAway(v.dir)},
 			Other: func(t *testing.T) { v.put(t, cacerts(t, root, newSomeCA(t, "Next Intermediate", root, nil))) }, Spoil: map[string]func(*testing.T){},
 			Settle: func(t *testing.T) { settled(t, c.watch) }}
-		for name, files := range bad {
-			m.Spoil[name] = func(t *testing.T) { v.put(t, files) }
+		for name, set := range bad {
+			m.Spoil[name] = func(t *testing.T) { v.put(t, set.files) }
 		}
 		return m
 	})
@@ -232,9 +247,9 @@ func TestCACertsKeepThePromisesOfAnIssuingRoot(t *testing.T) {
 func TestEachBadSetIsSaidWithItsFileAndReason(t *testing.T) {
 	root := newSomeCA(t, "Root", nil, nil)
 	good := newSomeCA(t, "Intermediate", root, nil)
-	for want, files := range badSets(t, root, good) {
+	for want, set := range badSets(t, root, good) {
 		v := &volume{dir: t.TempDir()}
-		v.put(t, files)
+		v.put(t, set.files)
 		c := openCACerts(t, v.dir, nil)
 		_, _, issuingErr := c.Issuing(t.Context())
 		_, rootsErr := c.Roots(t.Context())
@@ -242,6 +257,7 @@ func TestEachBadSetIsSaidWithItsFileAndReason(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), v.dir) {
 				t.Errorf("want %q, got: %v", want, err)
 			}
+			tells(t, err, set.file, set.reason)
 		}
 		v.put(t, cacerts(t, root, good)) // and it heals
 		<-c.Changed()
@@ -346,6 +362,9 @@ func TestAKeyThatOthersMayReadIsRefused(t *testing.T) {
 		if bad != (err != nil) || err != nil && !strings.Contains(err.Error(), "defaultMode 0400") {
 			t.Errorf("mode %#o: %v", mode, err)
 		}
+		if bad {
+			tells(t, err, "ca-key.pem", ca.Exposed)
+		}
 	}
 }
 
@@ -360,19 +379,25 @@ func TestACRLThatIsNoGoodIsSaidAndStandsInNobodysWay(t *testing.T) {
 		}
 		return string(pem.EncodeToMemory(&pem.Block{Type: crlType, Bytes: der}))
 	}
-	for want, text := range map[string]string{
-		"":                               crl(root, time.Hour) + crl(good, time.Hour),
-		"one of every CA of a chain":     crl(root, time.Hour),
-		"is of no CA in the set":         crl(root, time.Hour) + crl(stranger, time.Hour),
-		"expired at":                     crl(root, -time.Hour) + crl(good, time.Hour),
-		"ca-crl.pem: it holds a PEM blo": pemOf(root),
+	for want, test := range map[string]struct {
+		text   string
+		reason ca.Reason
+	}{
+		"":                               {crl(root, time.Hour) + crl(good, time.Hour), ""},
+		"one of every CA of a chain":     {crl(root, time.Hour), ca.Incomplete},
+		"is of no CA in the set":         {crl(root, time.Hour) + crl(stranger, time.Hour), ca.Mismatched},
+		"expired at":                     {crl(root, -time.Hour) + crl(good, time.Hour), ca.Expired},
+		"ca-crl.pem: it holds a PEM blo": {pemOf(root), ca.Unreadable},
 	} {
 		v := &volume{dir: t.TempDir()}
-		v.put(t, change(cacerts(t, root, good), "ca-crl.pem", text))
+		v.put(t, change(cacerts(t, root, good), "ca-crl.pem", test.text))
 		c := openCACerts(t, v.dir, nil)
 		err := c.Problem()
 		if (want == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("want %q: %v", want, err)
+		}
+		if want != "" {
+			tells(t, err, "ca-crl.pem", test.reason)
 		}
 		if chain, _, err := c.Issuing(t.Context()); err != nil || len(chain) != 1 {
 			t.Errorf("it brings %d, %v", len(chain), err)
@@ -522,6 +547,7 @@ func TestAnchorsKeepTheirPromises(t *testing.T) {
 		if err := a.Problem(); err == nil || !strings.Contains(err.Error(), "not a CA certificate") || !strings.Contains(err.Error(), file) {
 			t.Errorf("the problem is %v", err)
 		}
+		tells(t, a.Problem(), "anchors.pem", ca.Unfit)
 		rewrite(t, file, pemOf(two))
 		<-a.Changed()
 		if err := a.Problem(); err != nil {
@@ -537,6 +563,7 @@ func TestAnchorsKeepTheirPromises(t *testing.T) {
 		if err := a.Problem(); err == nil || !strings.Contains(err.Error(), "left out") {
 			t.Errorf("the problem is %v", err)
 		}
+		tells(t, a.Problem(), "anchors.pem", ca.Expired)
 	})
 	t.Run("a missing file is said, and heals", func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "anchors.pem")
@@ -544,6 +571,7 @@ func TestAnchorsKeepTheirPromises(t *testing.T) {
 		if _, err := a.Anchors(t.Context()); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("without the file: %v", err)
 		}
+		tells(t, a.Problem(), "anchors.pem", ca.Incomplete)
 		rewrite(t, file, "")
 		<-a.Changed()
 		if certs, err := a.Anchors(t.Context()); err != nil || len(certs) != 0 {

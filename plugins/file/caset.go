@@ -12,6 +12,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"kedge/ca"
 	"kedge/ca/pemfile"
 )
 
@@ -46,25 +47,25 @@ func parseCASet(dir string, files contents, p passphrase, td spiffeid.TrustDomai
 		return nil, err
 	}
 	if len(certs) == 0 {
-		return nil, fmt.Errorf("the set is incomplete: there is neither %s nor %s: mount the whole Secret there (%s, %s, %s and %s, or %s, %s and %s)", istioLayout.cert, tlsLayout.cert,
+		return nil, bad(istioLayout.cert, ca.Incomplete, "the set is incomplete: there is neither %s nor %s: mount the whole Secret there (%s, %s, %s and %s, or %s, %s and %s)", istioLayout.cert, tlsLayout.cert,
 			istioLayout.cert, istioLayout.key, istioLayout.chain, istioLayout.roots, tlsLayout.cert, tlsLayout.key, tlsLayout.roots)
 	}
 	s.cert = certs[0]
 	if err := checkAuthority(s.cert, td); err != nil {
-		return nil, fmt.Errorf("%s: %w", s.layout.cert, err)
+		return nil, bad(s.layout.cert, ca.Unfit, "%s: %w", s.layout.cert, err)
 	}
 	if s.roots, err = certificatesOf(files, s.layout.roots); err != nil {
 		return nil, err
 	}
 	for _, root := range s.roots {
 		if err := checkTrustAnchor(root, td); err != nil {
-			return nil, fmt.Errorf("%s: the certificate %q: %w", s.layout.roots, root.Subject, err)
+			return nil, bad(s.layout.roots, ca.Unfit, "%s: the certificate %q: %w", s.layout.roots, root.Subject, err)
 		}
 	}
 	links := certs[1:]
 	if s.layout.chain != "" {
 		if len(links) > 0 {
-			return nil, fmt.Errorf("%s holds %d certificates: it is the CA's own and no other; what stands above it belongs into %s", s.layout.cert, len(certs), s.layout.chain)
+			return nil, bad(s.layout.cert, ca.Mismatched, "%s holds %d certificates: it is the CA's own and no other; what stands above it belongs into %s", s.layout.cert, len(certs), s.layout.chain)
 		}
 		if links, err = certificatesOf(files, s.layout.chain); err != nil {
 			return nil, err
@@ -84,7 +85,7 @@ func parseCASet(dir string, files contents, p passphrase, td spiffeid.TrustDomai
 func certificatesOf(files contents, name string) ([]*x509.Certificate, error) {
 	certs, err := pemfile.Certificates(files[name])
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w: write the Secret anew", name, err)
+		return nil, bad(name, ca.Unreadable, "%s: %w: write the Secret anew", name, err)
 	}
 	return distinct(certs), nil
 }
@@ -93,14 +94,14 @@ func certificatesOf(files contents, name string) ([]*x509.Certificate, error) {
 func (s *caSet) takeKey(dir string, files contents, p passphrase) (err error) {
 	text, there := files[s.layout.key]
 	if !there {
-		return fmt.Errorf("the set is incomplete: %s is missing: put the private key of %s there", s.layout.key, s.layout.cert)
+		return bad(s.layout.key, ca.Incomplete, "the set is incomplete: %s is missing: put the private key of %s there", s.layout.key, s.layout.cert)
 	}
 	p.text = files[passphraseEntry]
 	if s.key, err = decodeAnyKey(filepath.Join(dir, s.layout.key), text, p); err != nil {
-		return fmt.Errorf("%s: %w", s.layout.key, err)
+		return bad(s.layout.key, ca.Unreadable, "%s: %w", s.layout.key, err)
 	}
 	if pub, ok := s.key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(s.cert.PublicKey) {
-		return fmt.Errorf("%s does not belong to %s: they are of two different CAs; put the two there that belong together", s.layout.key, s.layout.cert)
+		return bad(s.layout.key, ca.Mismatched, "%s does not belong to %s: they are of two different CAs; put the two there that belong together", s.layout.key, s.layout.cert)
 	}
 	return nil
 }
@@ -117,10 +118,10 @@ func (s *caSet) arrange(links []*x509.Certificate) error {
 		return s.arrangeRoot(above, linksFile)
 	}
 	if len(s.roots) == 0 {
-		return fmt.Errorf("the set is incomplete: %s is missing or empty: put the root certificates there that workloads trust", s.layout.roots)
+		return bad(s.layout.roots, ca.Incomplete, "the set is incomplete: %s is missing or empty: put the root certificates there that workloads trust", s.layout.roots)
 	}
 	if contains(s.roots, s.cert) {
-		return fmt.Errorf("%s is in %s, too, and is not a root (%q issued it): take it out of %s", s.layout.cert, s.layout.roots, s.cert.Issuer, s.layout.roots)
+		return bad(s.layout.roots, ca.Mismatched, "%s is in %s, too, and is not a root (%q issued it): take it out of %s", s.layout.cert, s.layout.roots, s.cert.Issuer, s.layout.roots)
 	}
 	s.chain = []*x509.Certificate{s.cert}
 	for {
@@ -139,11 +140,11 @@ func (s *caSet) arrange(links []*x509.Certificate) error {
 		}
 	}
 	if anchor < 0 {
-		return fmt.Errorf("%s does not lead to any root in %s: %q was issued by %q, which is neither there nor in %s (or whose signature or usage does not fit): put what is missing there",
+		return bad(s.layout.cert, ca.Mismatched, "%s does not lead to any root in %s: %q was issued by %q, which is neither there nor in %s (or whose signature or usage does not fit): put what is missing there",
 			s.layout.cert, s.layout.roots, last.Subject, last.Issuer, linksFile)
 	}
 	if len(above) > 0 {
-		return fmt.Errorf("%s holds %q, which does not belong to the chain of %s: take it out", linksFile, above[0].Subject, s.layout.cert)
+		return bad(linksFile, ca.Mismatched, "%s holds %q, which does not belong to the chain of %s: take it out", linksFile, above[0].Subject, s.layout.cert)
 	}
 	root := s.roots[anchor]
 	s.roots = append([]*x509.Certificate{root}, slices.Delete(slices.Clone(s.roots), anchor, anchor+1)...)
@@ -154,11 +155,11 @@ func (s *caSet) arrange(links []*x509.Certificate) error {
 func (s *caSet) arrangeRoot(above []*x509.Certificate, linksFile string) error {
 	switch {
 	case len(above) > 0:
-		return fmt.Errorf("%s holds %q, which does not belong there: %s is a root itself; take it out", linksFile, above[0].Subject, s.layout.cert)
+		return bad(linksFile, ca.Mismatched, "%s holds %q, which does not belong there: %s is a root itself; take it out", linksFile, above[0].Subject, s.layout.cert)
 	case len(s.roots) > 0 && !contains(s.roots, s.cert):
-		return fmt.Errorf("%s is self-signed and not in %s: workloads do not trust it; put it there, or the CA that is meant into %s", s.layout.cert, s.layout.roots, s.layout.cert)
+		return bad(s.layout.roots, ca.Mismatched, "%s is self-signed and not in %s: workloads do not trust it; put it there, or the CA that is meant into %s", s.layout.cert, s.layout.roots, s.layout.cert)
 	case s.cert.MaxPathLen == 0 && s.cert.MaxPathLenZero:
-		return fmt.Errorf("%s is a root with the path length constraint 0, which allows no issuing CA below it: issue it with 1 or more, or without", s.layout.cert)
+		return bad(s.layout.cert, ca.Unfit, "%s is a root with the path length constraint 0, which allows no issuing CA below it: issue it with 1 or more, or without", s.layout.cert)
 	}
 	others := slices.DeleteFunc(slices.Clone(s.roots), s.cert.Equal)
 	s.roots = append([]*x509.Certificate{s.cert}, others...)
@@ -169,12 +170,12 @@ func (s *caSet) arrangeRoot(above []*x509.Certificate, linksFile string) error {
 func (s *caSet) checkChain(path []*x509.Certificate) error {
 	for below, cert := range path[1:] { // so many CAs are below it; leaves do not count (RFC 5280 4.2.1.9)
 		if below++; cert.MaxPathLen >= 0 && (cert.MaxPathLen > 0 || cert.MaxPathLenZero) && below > cert.MaxPathLen {
-			return fmt.Errorf("the certificate %q allows %d CAs below it (path length constraint), and there are %d down to %s: issue it with a larger one",
-				cert.Subject, cert.MaxPathLen, below, s.layout.cert)
+			return bad(s.fileOf(cert), ca.Unfit, "%s: the certificate %q allows %d CAs below it (path length constraint), and there are %d down to %s: issue it with a larger one",
+				s.fileOf(cert), cert.Subject, cert.MaxPathLen, below, s.layout.cert)
 		}
 		if child := path[below-1]; child.NotAfter.After(cert.NotAfter) {
-			return fmt.Errorf("the certificate %q would outlive its issuer %q (%s is after %s): issue it with a shorter life, or renew its issuer",
-				child.Subject, cert.Subject, child.NotAfter.Format(time.RFC3339), cert.NotAfter.Format(time.RFC3339))
+			return bad(s.fileOf(child), ca.OutlivesIssuer, "%s: the certificate %q would outlive its issuer %q (%s is after %s): issue it with a shorter life, or renew its issuer",
+				s.fileOf(child), child.Subject, cert.Subject, child.NotAfter.Format(time.RFC3339), cert.NotAfter.Format(time.RFC3339))
 		}
 	}
 	return s.verify(path)
@@ -198,7 +199,7 @@ func (s *caSet) verify(path []*x509.Certificate) error {
 		usage x509.ExtKeyUsage
 	}{{"servers", x509.ExtKeyUsageServerAuth}, {"clients", x509.ExtKeyUsageClientAuth}} {
 		if _, err := s.cert.Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{half.usage}}); err != nil {
-			return fmt.Errorf("verifiers would refuse what %s signs for %s: %w: issue the CA without what is in the way", s.layout.cert, half.of, err)
+			return bad(s.layout.cert, ca.Unfit, "verifiers would refuse what %s signs for %s: %w: issue the CA without what is in the way", s.layout.cert, half.of, err)
 		}
 	}
 	return nil
@@ -213,7 +214,7 @@ func (s *caSet) usable(now time.Time) error {
 		path = append(slices.Clone(path), s.roots[0])
 	}
 	for _, cert := range path {
-		if err := inTime(cert, now); err != nil {
+		if err := inTime(s.fileOf(cert), cert, now); err != nil {
 			return fmt.Errorf("%s: the certificate %q %w", s.fileOf(cert), cert.Subject, err)
 		}
 	}
@@ -228,7 +229,7 @@ func (s *caSet) remarks(now time.Time) error {
 	all := []error{leftOut(s.layout.roots, s.roots, now), s.crlBad}
 	for _, crl := range s.crls {
 		if !crl.NextUpdate.IsZero() && now.After(crl.NextUpdate) {
-			all = append(all, fmt.Errorf("%s: the CRL of %q expired at %s: put a new one there", s.layout.crl, crl.Issuer, crl.NextUpdate.Format(time.RFC3339)))
+			all = append(all, bad(s.layout.crl, ca.Expired, "%s: the CRL of %q expired at %s: put a new one there", s.layout.crl, crl.Issuer, crl.NextUpdate.Format(time.RFC3339)))
 		}
 	}
 	return errors.Join(all...)
@@ -253,14 +254,14 @@ func parseCRLs(files contents, s *caSet) ([]*x509.RevocationList, error) {
 	}
 	crls, err := decodeCRLs(text)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w: put the CRLs there as PEM", s.layout.crl, err)
+		return nil, bad(s.layout.crl, ca.Unreadable, "%s: %w: put the CRLs there as PEM", s.layout.crl, err)
 	}
 	path := append(slices.Clone(s.chain), s.roots...)
 	has := map[string]bool{}
 	for _, crl := range crls {
 		i := slices.IndexFunc(path, func(c *x509.Certificate) bool { return bytes.Equal(c.RawSubject, crl.RawIssuer) })
 		if i < 0 {
-			return nil, fmt.Errorf("%s: the CRL of %q is of no CA in the set: take it out", s.layout.crl, crl.Issuer)
+			return nil, bad(s.layout.crl, ca.Mismatched, "%s: the CRL of %q is of no CA in the set: take it out", s.layout.crl, crl.Issuer)
 		}
 		good := errors.New("no certificate")
 		for _, c := range path { // a root that was renewed has its name twice
@@ -269,13 +270,13 @@ func parseCRLs(files contents, s *caSet) ([]*x509.RevocationList, error) {
 			}
 		}
 		if good != nil {
-			return nil, fmt.Errorf("%s: the CRL of %q is not good: %w (the CA's keyUsage must have cRLSign)", s.layout.crl, crl.Issuer, good)
+			return nil, bad(s.layout.crl, ca.Mismatched, "%s: the CRL of %q is not good: %w (the CA's keyUsage must have cRLSign)", s.layout.crl, crl.Issuer, good)
 		}
 		has[string(crl.RawIssuer)] = true
 	}
 	for _, c := range append(slices.Clone(s.chain), s.roots[0]) {
 		if !has[string(c.RawSubject)] {
-			return nil, fmt.Errorf("%s: there is no CRL of %q: verifiers want one of every CA of a chain, or none at all", s.layout.crl, c.Subject)
+			return nil, bad(s.layout.crl, ca.Incomplete, "%s: there is no CRL of %q: verifiers want one of every CA of a chain, or none at all", s.layout.crl, c.Subject)
 		}
 	}
 	return crls, nil

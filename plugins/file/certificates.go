@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -42,27 +43,32 @@ func checkTrustAnchor(cert *x509.Certificate, td spiffeid.TrustDomain) error {
 	return nil
 }
 
-// inTime says whether a certificate is valid now. Its text stays the same for as long as it is not.
-func inTime(cert *x509.Certificate, now time.Time) error {
+// bad is an error that says which file is no good, and why in a word.
+func bad(file string, why ca.Reason, format string, args ...any) error {
+	return &ca.FileError{File: filepath.Base(file), Reason: why, Err: fmt.Errorf(format, args...)}
+}
+
+// inTime says whether a certificate in a file is valid now. Its text stays the same for as long as it is not.
+func inTime(file string, cert *x509.Certificate, now time.Time) error {
 	switch {
 	case now.After(cert.NotAfter):
-		return fmt.Errorf("expired at %s: put a new one there", cert.NotAfter.Format(time.RFC3339))
+		return bad(file, ca.Expired, "expired at %s: put a new one there", cert.NotAfter.Format(time.RFC3339))
 	case now.Before(cert.NotBefore):
-		return fmt.Errorf("is valid only from %s on: wait until then, or set this machine's clock if it is wrong", cert.NotBefore.Format(time.RFC3339))
+		return bad(file, ca.NotYetValid, "is valid only from %s on: wait until then, or set this machine's clock if it is wrong", cert.NotBefore.Format(time.RFC3339))
 	}
 	return nil
 }
 
 // validAt are those that are valid now, in their order.
 func validAt(certs []*x509.Certificate, now time.Time) []*x509.Certificate {
-	return slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool { return inTime(cert, now) != nil })
+	return slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool { return inTime("", cert, now) != nil })
 }
 
 // leftOut says which of the trust anchors in a file are not valid now. They are no use to a verifier, and no reason to give up the others.
 func leftOut(file string, certs []*x509.Certificate, now time.Time) error {
 	var all []error
 	for _, cert := range certs {
-		if err := inTime(cert, now); err != nil {
+		if err := inTime(file, cert, now); err != nil {
 			all = append(all, fmt.Errorf("%s: the certificate %q is left out of the trust bundle: it %w", file, cert.Subject, err))
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"kedge/ca"
 	"kedge/ca/atomicfile"
 )
 
@@ -62,26 +63,29 @@ func escapeGlob(path string) string {
 func read(path string, forbidden fs.FileMode, mend string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", path, err)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, bad(path, ca.Incomplete, "reading %s: %w", path, err)
+		}
+		return nil, bad(path, ca.Unreadable, "reading %s: %w", path, err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", path, err)
+		return nil, bad(path, ca.Unreadable, "reading %s: %w", path, err)
 	}
 	switch {
 	case !info.Mode().IsRegular():
-		return nil, fmt.Errorf("reading %s: it is not a regular file", path)
+		return nil, bad(path, ca.Unreadable, "reading %s: it is not a regular file", path)
 	case info.Mode().Perm()&forbidden != 0:
-		return nil, fmt.Errorf("%s is a secret and others may get at it (mode %#o): find out who had it, then %s",
+		return nil, bad(path, ca.Exposed, "%s is a secret and others may get at it (mode %#o): find out who had it, then %s",
 			path, info.Mode().Perm(), mend)
 	case info.Size() > maxFile:
-		return nil, fmt.Errorf("reading %s: it has %d octets, more than the %d that are read: it cannot be what it should be", path, info.Size(), maxFile)
+		return nil, bad(path, ca.Unreadable, "reading %s: it has %d octets, more than the %d that are read: it cannot be what it should be", path, info.Size(), maxFile)
 	}
 	data := make([]byte, info.Size())
 	if _, err := io.ReadFull(f, data); err != nil {
 		clear(data)
-		return nil, fmt.Errorf("reading %s: %w", path, err)
+		return nil, bad(path, ca.Unreadable, "reading %s: %w", path, err)
 	}
 	return data, nil
 }

@@ -3,6 +3,8 @@ package file
 import (
 	"bytes"
 	"fmt"
+
+	"kedge/ca"
 )
 
 // passphrase says where the passphrase of key files is. It is read anew for every key and wiped after it, so that it is in
@@ -32,10 +34,10 @@ func (p passphrase) read() ([]byte, error) {
 	line := bytes.TrimSuffix(bytes.TrimSuffix(text, []byte("\n")), []byte("\r"))
 	switch {
 	case len(line) == 0:
-		return nil, fmt.Errorf("the passphrase file %s is empty: write one line with the passphrase into it, or configure none", p.path)
+		return nil, bad(p.path, ca.Incomplete, "the passphrase file %s is empty: write one line with the passphrase into it, or configure none", p.path)
 	case bytes.ContainsAny(line, "\n\x00"):
 		clear(text)
-		return nil, fmt.Errorf("the passphrase file %s has more than one line, or a NUL: write one line of text into it", p.path)
+		return nil, bad(p.path, ca.Unreadable, "the passphrase file %s has more than one line, or a NUL: write one line of text into it", p.path)
 	}
 	return line, nil
 }

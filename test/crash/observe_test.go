@@ -87,14 +87,14 @@ func TestHealthAndMetricsSayWhatHappens(t *testing.T) {
 		t.Errorf("kedge_bundle_sequence is %v", after["kedge_bundle_sequence"])
 	}
 
-	// Every metric that the guide names is there. A labelled one appears with its first event, and no signature has failed here.
+	// Every metric that the guide names is there. A labelled one appears with its first event, and no signature has failed here, and nothing is wrong.
 	page := process.Read(t, "../../docs/operations.md")
 	names := regexp.MustCompile(`\b(kedge_[a-z_]+|citadel_server_[a-z_]+[a-z])`).FindAllString(page, -1)
 	if len(names) < 20 {
 		t.Fatalf("the guide names only %d metrics: are they still found?", len(names))
 	}
 	for _, name := range names {
-		if !after.Family(name) && name != "citadel_server_csr_sign_err_count" {
+		if !after.Family(name) && name != "citadel_server_csr_sign_err_count" && name != "kedge_problem" {
 			t.Errorf("docs/operations.md names %s, and /metrics does not have it", name)
 		}
 	}
@@ -237,8 +237,12 @@ callers:
 	if r := k.Run(t, "doctor"); r.Code != 4 || !strings.Contains(r.Stdout, "cluster-1") || !strings.Contains(r.Stdout, "never-there") {
 		t.Errorf("doctor: %d %s", r.Code, r.Stdout)
 	}
-	if got := k.Metrics(t)["kedge_problems"]; got < 2 {
+	metrics := k.Metrics(t)
+	if got := metrics["kedge_problems"]; got < 2 {
 		t.Errorf("kedge_problems is %v", got)
+	}
+	if got := metrics[`kedge_problem{about="token issuer",file="",reason=""}`]; got != 1 { // of two issuers: Prometheus takes no sample twice
+		t.Errorf("kedge_problem of token issuers is %v", got)
 	}
 }
 

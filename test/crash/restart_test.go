@@ -117,6 +117,11 @@ func checkFullDisk(t *testing.T, k *process.Kedge, roots *x509.CertPool) {
 	if got := metrics["kedge_problems"]; got < 4 { // the ledger too
 		t.Errorf("kedge_problems is %v", got)
 	}
+	for _, about := range []string{"ledger", "serving certificate", "root certificate file", "guarded clock"} {
+		if sample := `kedge_problem{about="` + about + `",file="",reason=""}`; metrics[sample] != 1 {
+			t.Errorf("%s is %v", sample, metrics[sample])
+		}
+	}
 	if r := k.Run(t, "doctor"); r.Code != 4 || !strings.Contains(r.Stdout, full) || !strings.Contains(r.Stdout, "serving certificate") {
 		t.Errorf("doctor: %d\n%s%s", r.Code, r.Stdout, r.Stderr)
 	}
