@@ -9,6 +9,8 @@ unformatted=$(git ls-files --cached --others --exclude-standard '*.go' | xargs -
 [ -z "$unformatted" ] || complain "run gofmt -w on: $unformatted"
 
 # A test that cannot run fails; it is not passed over. One place decides about that on a developer's machine.
+asks=$(git grep -nE '[eE]nv\("CI"\)' -- '*.go' ':!test/machine/' || true)
+[ -z "$asks" ] || complain "tests that decide by themselves what CI means:"$'\n'"$asks"
 skips=$(git grep -nE '\b[tbf]\.Skip(f|Now)?\(' -- '*_test.go' || true)
 [ -z "$skips" ] || complain "tests that skip themselves:"$'\n'"$skips"
 sleeps=$(git grep -nE 'time\.Sleep\(' -- '*.go' || true)

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/test/machine"
 )
 
 // childEnv names what the test binary is to do as a child of a test.
@@ -31,15 +33,6 @@ func TestMain(m *testing.M) {
 	default:
 		os.Exit(m.Run())
 	}
-}
-
-// unable ends a test for which this machine lacks something: in CI that is a failure.
-func unable(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf(format, args...)
-	}
-	t.Logf("not run: "+format, args...)
 }
 
 func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
@@ -176,7 +169,7 @@ func smallDisk(t *testing.T, size string) (dir string, ok bool) {
 	t.Helper()
 	dir = t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, size); err != nil {
-		unable(t, "mounting a small tmpfs: %v", err)
+		machine.Impossible(t, "mounting a small tmpfs", err)
 		return "", false
 	}
 	t.Cleanup(func() {
@@ -441,7 +434,7 @@ func TestAFailedFsyncIsNeverTakenForDurable(t *testing.T) {
 	t.Parallel()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
-		unable(t, "finding strace: %v", err)
+		machine.Impossible(t, "strace is not installed", err)
 		return
 	}
 	for _, when := range []string{"5", "6", "7..8"} { // odd: of the data pages, even: of the meta page; several: while it heals, too
