@@ -19,6 +19,9 @@ const (
 	sealedType = "ENCRYPTED PRIVATE KEY"
 )
 
+// encrypt is the command that encrypts a key as writeKey does.
+var encrypt = fmt.Sprintf("openssl pkcs8 -topk8 -v2 aes-256-cbc -v2prf hmacWithSHA256 -iter %d", iterations)
+
 // writeKey puts a key into a file, encrypted when there is a passphrase.
 func writeKey(path string, key crypto.Signer, p passphrase) error {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
@@ -100,7 +103,7 @@ func openPKCS8(path string, block *pem.Block, p passphrase) (crypto.Signer, erro
 	case block.Type == sealedType:
 		s, err := parseSealed(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("%w: write it anew with 'openssl pkcs8 -topk8 -v2 aes-256-cbc'", err)
+			return nil, fmt.Errorf("%w: encrypt it anew with 'openssl pkey -in %s -passin file:%s | %s -passout file:%s -out NEW', and move NEW to its place", err, path, p.path, encrypt, p.path)
 		}
 		phrase, err := p.read()
 		if err != nil {
@@ -124,9 +127,8 @@ func openPKCS8(path string, block *pem.Block, p passphrase) (crypto.Signer, erro
 
 // notEncrypted refuses a key that is in clear though the configuration says that keys are not.
 func notEncrypted(path string, p passphrase) error {
-	return fmt.Errorf("it is not encrypted although a passphrase file is configured: encrypt it with 'openssl pkcs8 -topk8 "+
-		"-v2 aes-256-cbc -v2prf hmacWithSHA256 -iter %d -in %s -passout file:%s -out NEW', move NEW to its place, and wipe the old one",
-		iterations, path, p.path)
+	return fmt.Errorf("it is not encrypted although a passphrase file is configured: encrypt it with '%s -in %s -passout file:%s -out NEW', move NEW to its place, and wipe the old one",
+		encrypt, path, p.path)
 }
 
 // authorityKey makes sure that a CA can have the key.

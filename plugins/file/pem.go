@@ -60,8 +60,8 @@ func decodeAnyKey(path string, text []byte, p passphrase) (crypto.Signer, error)
 		return nil, errors.New("it holds no PEM block: it must hold the CA's private key")
 	}
 	if block.Headers["DEK-Info"] != "" || block.Headers["Proc-Type"] != "" { // RFC 1421 4.6.1: without integrity, one round of MD5
-		return nil, fmt.Errorf("it is encrypted in the old form of PEM (DEK-Info), which protects it badly: convert it with 'openssl pkcs8 -topk8 -v2 aes-256-cbc "+
-			"-v2prf hmacWithSHA256 -iter %d -in %s -out NEW', and name the passphrase file in the configuration", iterations, path)
+		return nil, fmt.Errorf("it is encrypted in the old form of PEM (DEK-Info), which protects it badly: convert it with '%s -in %s -out NEW', and name the passphrase file in the "+
+			"configuration", encrypt, path)
 	}
 	var parsed any
 	switch block.Type {

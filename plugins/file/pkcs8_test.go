@@ -126,6 +126,44 @@ func TestWhatIsNotReadIsSaid(t *testing.T) {
 	}
 }
 
+// TestAKeyThatIsEncryptedOtherwiseIsReadOnceTheCommandThatTheErrorNamesHasRun: openssl takes one file for both passphrases to hold two lines, so that there are two commands.
+func TestAKeyThatIsEncryptedOtherwiseIsReadOnceTheCommandThatTheErrorNamesHasRun(t *testing.T) {
+	dir, phrase := t.TempDir(), writePassphrase(t, "open sesame\n")
+	plain := filepath.Join(dir, "plain.pem")
+	openssl(t, "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", plain)
+	want := openssl(t, "pkey", "-in", plain, "-pubout", "-outform", "DER")
+	for name, options := range map[string][]string{
+		"triple DES":         {"-v2", "des3"},
+		"scrypt":             {"-scrypt"},
+		"PBES1":              {"-v1", "PBE-SHA1-3DES"},
+		"too few iterations": {"-v2", "aes-256-cbc", "-iter", "999"},
+		"in clear":           {"-nocrypt"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(dir, strings.ReplaceAll(name, " ", "-")+".pem")
+			openssl(t, append([]string{"pkcs8", "-topk8", "-in", plain, "-out", path, "-passout", "file:" + phrase}, options...)...)
+			if err := os.Chmod(path, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := readKey(path, passphrase{path: phrase})
+			if err == nil || strings.Count(err.Error(), "'") != 2 {
+				t.Fatalf("the error names no command: %v", err)
+			}
+			command := strings.Replace(strings.Split(err.Error(), "'")[1], "NEW", path+".new", 1)
+			if out, err := exec.Command("sh", "-c", "set -e; umask 077; "+command+"; mv "+path+".new "+path).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v\n%s", command, err, out)
+			}
+			key, err := readKey(path, passphrase{path: phrase})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := x509.MarshalPKIXPublicKey(key.Public()); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("another key was read, %v", err)
+			}
+		})
+	}
+}
+
 func TestHostileParametersAreRefusedBeforeAnythingIsComputed(t *testing.T) {
 	good, err := seal([]byte("a key"), []byte("phrase"), minIterations)
 	if err != nil {
