@@ -16,7 +16,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-func supported() error { return nil }
+// Supported says whether this program can load a module.
+func Supported() error { return nil }
 
 // drainLimit is how long calls of the module may take at the end before the child leaves without them.
 const drainLimit = 3 * time.Second

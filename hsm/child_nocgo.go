@@ -16,4 +16,5 @@ func ChildMain() int {
 	return 1
 }
 
-func supported() error { return errNoCgo }
+// Supported says whether this program can load a module.
+func Supported() error { return errNoCgo }

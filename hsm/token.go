@@ -69,7 +69,7 @@ type start struct {
 
 // Open checks the options. The token is first spoken to when something is asked of it, so that one that is away keeps nobody from starting. Close ends the child.
 func Open(o Options) (*Token, error) {
-	if err := supported(); err != nil {
+	if err := Supported(); err != nil {
 		return nil, err
 	}
 	switch {

@@ -36,8 +36,13 @@ go -C test/vault/server vet ./...
 nocgo=$(mktemp -d)
 trap 'rm -rf "$nocgo"' EXIT
 CGO_ENABLED=0 go build -o "$nocgo/kedge" ./cmd/kedge
-said=$("$nocgo/kedge" key list 'pkcs11:token=a?module-path=/m.so' 2>&1 || true)
-[[ $said == *'built without cgo'*'build it with CGO_ENABLED=1'* ]] || complain "without cgo it says: $said"
+uri='pkcs11:token=a;object=b?module-path=/m.so'
+echo "{dataDir: $nocgo/data, root: {kind: pkcs11, pkcs11: {uri: '$uri', certificateFile: $nocgo/root.pem}}, issuingCA: {keyStore: pkcs11, pkcs11: {uri: '$uri'}}}" >"$nocgo/kedge.yaml"
+for arguments in "key list $uri" "config check --config $nocgo/kedge.yaml" "serve --config $nocgo/kedge.yaml"; do
+	said=$(timeout 60 "$nocgo/kedge" $arguments 2>&1 || true)
+	[[ $said == *'built without cgo'*'build it with CGO_ENABLED=1'* ]] || complain "without cgo 'kedge $arguments' says: $said"
+done
+[ ! -e "$nocgo/data" ] || complain "without cgo 'kedge serve' makes a data folder before it says so"
 
 go mod verify >/dev/null
 go mod tidy -diff

@@ -12,6 +12,7 @@ import (
 
 	"kedge/ca/pemfile"
 	"kedge/cmd/kedge/config"
+	"kedge/hsm"
 	"kedge/issuer/authn"
 	"kedge/plugins/file"
 )
@@ -72,6 +73,11 @@ func findFaults(c *config.Config) (faults []fault) {
 	}
 	if _, err := adminSocket(c.DataDir); err != nil {
 		faults = append(faults, fault{key: "dataDir", err: err})
+	}
+	for _, place := range []struct{ key, value, pkcs11 string }{{"root.kind", c.Root.Kind, config.RootKindPKCS11}, {"issuingCA.keyStore", c.IssuingCA.KeyStore, config.KeyStorePKCS11}} {
+		if err := hsm.Supported(); err != nil && place.value == place.pkcs11 {
+			faults = append(faults, fault{key: place.key, err: fmt.Errorf("%q: %w", place.value, err)})
+		}
 	}
 	look("root.file.passphraseFile", c.Root.File.PassphraseFile, regular(file.CheckPassphraseFile), "")
 	look("root.cacerts.passphraseFile", c.Root.CACerts.PassphraseFile, regular(file.CheckPassphraseFile), "")
