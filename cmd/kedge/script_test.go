@@ -42,7 +42,7 @@ func TestTheCommandLine(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"waitready": waitReady, "exits": exits, "capture": capture, "json": jsonField, "table": checkTable, "lines": countLines, "append": appendText, "fill": fillIn, "softhsm": softHSM,
-			"import": importKey,
+			"import": importKey, "nss": nss,
 		},
 	})
 }
@@ -203,6 +203,16 @@ func softHSM(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv("NOKEY", "pkcs11:token=tok;object=nobody"+where)
 	ts.Setenv("NOTOKEN", "pkcs11:token=nowhere;object=mesh"+where)
 	ts.Setenv("NOMODULE", strings.Replace("pkcs11:token=tok;object=mesh"+where, "libsofthsm2.so", "none.so", 1))
+}
+
+// nss makes a database of NSS, after softhsm, and puts the URI of the key "mesh" in it (NSS) and what its module wants to be initialised with (NSSPARAMETERS) into the environment.
+func nss(ts *testscript.TestScript, neg bool, args []string) {
+	dir, pin := ts.MkAbs("nss"), ts.MkAbs("softhsm/pin")
+	ts.Check(os.Mkdir(dir, 0o700))
+	ts.Check(ts.Exec("certutil", "-N", "-d", "sql:"+dir, "-f", pin))
+	ts.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // else opening it takes long
+	ts.Setenv("NSS", "pkcs11:token=tok;object=mesh?module-path=/usr/lib/x86_64-linux-gnu/libsoftokn3.so&pin-source=file:"+pin)
+	ts.Setenv("NSSPARAMETERS", fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='secmod.db' flags= dbTokenDescription='tok'", dir))
 }
 
 // import LABEL puts a key that was made elsewhere onto the token of softhsm.
