@@ -155,7 +155,7 @@ func (b *bench) startIstio(ctx context.Context, dir string) (*server, error) {
 		s.name, s.address = "Istio", string(text)
 		s.roots, err = readRoots(filepath.Join(dir, "root-cert.pem"))
 		return err
-	}, b.istio, dir)
+	}, b.istio, dir, "127.0.0.1:0")
 }
 
 // prepareIstio makes what Istio's CA server reads: a root, an issuing CA under it and a server certificate under that, all P-256, as Kedge has them.

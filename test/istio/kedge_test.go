@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -30,6 +31,14 @@ type kedge struct {
 // startKedge starts a CA that believes its issuer's tokens, and waits until it is ready. Further lines of its configuration are further token issuers, and then whole sections.
 func startKedge(t *testing.T, further ...string) *kedge {
 	t.Helper()
+	k := newKedge(t, further...)
+	k.start(t)
+	return k
+}
+
+// newKedge makes what startKedge starts.
+func newKedge(t *testing.T, further ...string) *kedge {
+	t.Helper()
 	dir := t.TempDir()
 	k := &kedge{
 		dir:        dir,
@@ -49,7 +58,6 @@ callers:
   tokenIssuers:
     - { name: main, kind: kubernetes, issuer: "%s", audiences: [istio-ca], jwksFile: jwks.json }
 %s`, trustDomain, k.address, k.operations, k.issuer.url, strings.Join(further, "")))
-	k.start(t)
 	return k
 }
 
@@ -71,6 +79,21 @@ func (k *kedge) start(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// metrics scrapes the CA.
+func (k *kedge) metrics(t *testing.T) string {
+	t.Helper()
+	response, err := http.Get("http://" + k.operations + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil || response.StatusCode != http.StatusOK {
+		t.Fatalf("/metrics: %s, %v", response.Status, err)
+	}
+	return string(text)
 }
 
 // rootFile is what clients are given to trust.

@@ -80,6 +80,10 @@ func TestAnAgentNoticesNothingWhenKedgeTakesTheSecretOfIstiod(t *testing.T) {
 		}
 		return nil
 	})
+	const refused = `kedge_problem{about="root",file="ca-cert.pem",reason="mismatched"} 1`
+	if text := k.metrics(t); !strings.Contains(text, refused) {
+		t.Errorf("the metrics do not say %s:\n%s", refused, text)
+	}
 	mount(t, secret, "two", root, two)
 	eventually(t, "a certificate by the other intermediate", func() error {
 		id, err := a.read()
@@ -88,6 +92,9 @@ func TestAnAgentNoticesNothingWhenKedgeTakesTheSecretOfIstiod(t *testing.T) {
 		}
 		return err
 	})
+	if text := k.metrics(t); strings.Contains(text, "kedge_problem{") {
+		t.Errorf("the set is good, and the metrics say:\n%s", text)
+	}
 	if out := run(t, kedgeBin, "authority", "list", "--config", k.configFile); !strings.Contains(string(out), "foreign until") || strings.Count(string(out), " retired ") != 1 {
 		t.Errorf("the authorities are:\n%s", out)
 	}

@@ -1,13 +1,13 @@
-// Command istio-ca is Istio's own CA server, to be measured beside Kedge: the certificate authority, the CSR API and the authenticators of istiod
+// Command istio-ca is Istio's own CA server, to be measured beside Kedge, and for agents to move from to Kedge: the certificate authority, the CSR API and the authenticators of istiod
 // (security/pkg/pki/ca, security/pkg/server/ca, security/pkg/server/ca/authenticate), behind a gRPC server with the options and the TLS configuration
 // that istiod gives its secure port. It is a module of its own, so that Istio's dependencies stay out of Kedge's go.mod and have the versions that Istio
 // ships with.
 //
-//	istio-ca FOLDER
+//	istio-ca FOLDER ADDRESS
 //
 // The folder has istiod's "cacerts" (ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem), the certificate of the server (tls-cert.pem, tls-key.pem), and
-// the key set of the token issuer (jwks.json) with its name (issuer). Once it serves, it writes its address to the file "address" in the folder. It runs
-// until SIGTERM.
+// the key set of the token issuer (jwks.json) with its name (issuer). Once it serves, it writes the address, whose port may have been 0, to the file "address" in the
+// folder. It runs until SIGTERM.
 package main
 
 import (
@@ -56,8 +56,8 @@ func main() {
 }
 
 func run(ctx context.Context) error {
-	if len(os.Args) != 2 {
-		return errors.New("usage: istio-ca FOLDER")
+	if len(os.Args) != 3 {
+		return errors.New("usage: istio-ca FOLDER ADDRESS")
 	}
 	dir := os.Args[1]
 	authority, err := openAuthority(dir)
@@ -81,7 +81,7 @@ func run(ctx context.Context) error {
 	grpcprom.EnableHandlingTimeHistogram()
 	secure := grpc.NewServer(append(istiogrpc.ServerOptions(keepalive.DefaultOption(), xds.RecordRecvSize, grpcprom.UnaryServerInterceptor), grpc.Creds(creds))...)
 	server.Register(secure)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := net.Listen("tcp", os.Args[2])
 	if err != nil {
 		return err
 	}
