@@ -17,5 +17,7 @@
 // generation: error codes of modules do not tell what would heal them (docs/hsm.md). One goroutine starts the next one for all who wait; each finds its
 // key again by the public key, and asks once more. Every signature is verified before it is returned.
 //
+// A token that nobody asks for anything is asked now and then whether it is there, so that Problem tells of one that is away before somebody needs it.
+//
 // A PIN that was refused is not tried again, not even after a restart, until its source changes: tokens lock themselves.
 package hsm

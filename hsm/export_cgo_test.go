@@ -25,38 +25,52 @@ func loggedIn(o Options, sessions int) (*module, error) {
 }
 
 // InProcess loads a module into the test's own process, finds the key of a label, lets spoil do something to the module, and tells what a signature then fails with: whether that is taken
-// for the request's own fault, and the code.
-func InProcess(o Options, label string, spoil func(m *Module) error) (ofRequest bool, code uint, err error) {
+// for the request's own fault, and the code, which is 0 when it does not fail. again is what it fails with once the key is found again.
+func InProcess(o Options, label string, spoil func(m *Module) error) (ofRequest bool, code uint, again, err error) {
 	m, err := loggedIn(o, 1)
 	if err != nil {
-		return false, 0, err
-	}
-	reply, err := m.find(m.sessions[0], findRequest{Label: label})
-	if err != nil {
-		return false, 0, err
-	}
-	request := signRequest{reference: reply.Reference, mechanism: mechanismECDSA, hash: crypto.SHA256}
-	if reply.Key.Type == "RSA" {
-		request.mechanism = mechanismPKCS1
+		return false, 0, nil, err
 	}
 	digest := sha256.Sum256(nil)
-	if _, err := m.sign(m.sessions[0], request, digest[:]); err != nil {
-		return false, 0, fmt.Errorf("before anything was spoilt: %w", err)
+	var request signRequest
+	sign := func() error {
+		_, err := m.sign(m.sessions[0], request, digest[:])
+		return err
 	}
-	if err := spoil(&Module{m}); err != nil {
-		return false, 0, err
+	find := func() error {
+		reply, err := m.find(m.sessions[0], findRequest{Label: label})
+		request = signRequest{reference: reply.Reference, mechanism: mechanismECDSA, hash: crypto.SHA256}
+		if reply.Key.Type == "RSA" {
+			request.mechanism = mechanismPKCS1
+		}
+		return err
 	}
-	_, err = m.sign(m.sessions[0], request, digest[:])
+	if err = find(); err == nil {
+		err = sign()
+	}
+	if err != nil {
+		return false, 0, nil, fmt.Errorf("before anything was spoilt: %w", err)
+	}
+	if err := spoil(&Module{m, o}); err != nil {
+		return false, 0, nil, err
+	}
+	err = sign()
+	if again = find(); again == nil {
+		again = sign()
+	}
 	_ = m.ctx.Finalize()
 	var said *failure
 	if !errors.As(err, &said) {
-		return false, 0, fmt.Errorf("the signature did not fail: %v", err)
+		return false, 0, again, err
 	}
-	return (&Error{Code: said.Code, reason: said.Reason}).ofRequest(), said.Code, nil
+	return (&Error{Code: said.Code, reason: said.Reason}).ofRequest(), said.Code, again, nil
 }
 
 // Module is a module that a test spoils.
-type Module struct{ m *module }
+type Module struct {
+	m *module
+	o Options
+}
 
 // CloseSessions closes every session under it.
 func (m *Module) CloseSessions() error { return m.m.ctx.CloseAllSessions(m.m.slot) }
@@ -68,6 +82,15 @@ func (m *Module) NewSession() error {
 	}
 	m.m.sessions = nil
 	return m.m.open(1)
+}
+
+// LoginAgain is NewSession, and then a login.
+func (m *Module) LoginAgain() error {
+	if err := m.NewSession(); err != nil {
+		return err
+	}
+	_, err := m.m.login(loginRequest{PINFile: m.o.URI.PINSource.File})
+	return err
 }
 
 // Finalize finalises the module under it.
@@ -125,7 +148,7 @@ func Raw(o Options, label string, d time.Duration, verify bool) (perSecond float
 func WithoutLogin(o Options, label string) map[string]error {
 	m, err := loggedIn(o, 1)
 	if err == nil {
-		err = (&Module{m}).NewSession()
+		err = (&Module{m, o}).NewSession()
 	}
 	if err != nil {
 		return map[string]error{"before": &Error{text: err.Error(), reason: reasonNotFound}}
@@ -143,6 +166,6 @@ func WithoutLogin(o Options, label string) map[string]error {
 	said("find", err)
 	_, err = m.list(m.sessions[0], listRequest{Label: label})
 	said("list", err)
-	said("delete", m.remove(deleteRequest{Label: label}))
+	said("delete", m.remove(deleteRequest{ID: []byte(label)}))
 	return answers
 }

@@ -46,9 +46,10 @@ func eventually(t *testing.T, ask func() error) {
 // TestWhatFailsUnderASignatureIsNeverTakenForItsOwnFault holds the codes of the modules against the table of docs/hsm.md: whatever code a lost session, login or module gives, a new generation is made.
 func TestWhatFailsUnderASignatureIsNeverTakenForItsOwnFault(t *testing.T) {
 	codes := map[string]map[string]uint{
-		"the session was closed": {"SoftHSM": 0xB3, "NSS": 0xB3, "TPM": 0xB3, "opencryptoki": 0xB3},
-		"the login was lost":     {"SoftHSM": 0x82, "NSS": 0x2, "TPM": 0x101, "opencryptoki": 0x60},
-		"it was finalised":       {"SoftHSM": 0x190, "NSS": 0xB3, "TPM": 0x190, "opencryptoki": 0x190},
+		"the session was closed":           {"SoftHSM": 0xB3, "NSS": 0xB3, "TPM": 0xB3, "opencryptoki": 0xB3},
+		"the login was lost":               {"SoftHSM": 0x82, "NSS": 0x2, "TPM": 0x101, "opencryptoki": 0x60},
+		"the login was lost and made anew": {"SoftHSM": 0x82, "NSS": 0, "TPM": 0, "opencryptoki": 0x60}, // 0: the handle of the key is what it was
+		"it was finalised":                 {"SoftHSM": 0x190, "NSS": 0xB3, "TPM": 0x190, "opencryptoki": 0x190},
 	}
 	each(t, func(t *testing.T, p *hsmparts.Part) {
 		token := open(t, p, nil)
@@ -56,8 +57,9 @@ func TestWhatFailsUnderASignatureIsNeverTakenForItsOwnFault(t *testing.T) {
 		token.Close()
 		for fault, spoil := range map[string]func(*hsm.Module) error{
 			"the session was closed": (*hsm.Module).CloseSessions, "the login was lost": (*hsm.Module).NewSession, "it was finalised": (*hsm.Module).Finalize,
+			"the login was lost and made anew": (*hsm.Module).LoginAgain,
 		} {
-			ofRequest, code, err := hsm.InProcess(p.Options(), "kedge", spoil)
+			ofRequest, code, again, err := hsm.InProcess(p.Options(), "kedge", spoil)
 			if err != nil {
 				t.Errorf("%s: %v", fault, err)
 				continue
@@ -68,31 +70,37 @@ func TestWhatFailsUnderASignatureIsNeverTakenForItsOwnFault(t *testing.T) {
 			if want := codes[fault][p.Name]; code != want {
 				t.Errorf("%s: the code is %#x, and the table says %#x", fault, code, want)
 			}
+			if fault == "the login was lost and made anew" && again != nil {
+				t.Errorf("%s: with the key found again: %v", fault, again)
+			}
 		}
 	})
 }
 
-// load signs with several goroutines until it is stopped, and counts. Every signature must come, however late.
+// load signs with several goroutines until it is stopped, and counts. Every signature must come, however late, and be good.
 type load struct {
 	stop    context.CancelFunc
 	running sync.WaitGroup
-	signed  atomic.Int64
+	signed  [16]atomic.Int64 // by goroutine
 	failed  atomic.Pointer[error]
 }
 
 func startLoad(t *testing.T, s *hsm.Signer) *load {
 	ctx, cancel := context.WithCancel(t.Context())
 	l := &load{stop: cancel}
-	for i := range 4 {
+	for i := range l.signed {
 		l.running.Go(func() {
 			for n := 0; ctx.Err() == nil; n++ {
 				digest := sha256.Sum256(fmt.Append(nil, i, n))
-				_, err := s.SignContext(t.Context(), digest[:], crypto.SHA256)
+				signature, err := s.SignContext(t.Context(), digest[:], crypto.SHA256)
+				if err == nil {
+					err = goodAs(s, crypto.SHA256, digest[:], signature)
+				}
 				if err != nil {
 					l.failed.Store(&err)
 					return
 				}
-				l.signed.Add(1)
+				l.signed[i].Add(1)
 			}
 		})
 	}
@@ -100,16 +108,34 @@ func startLoad(t *testing.T, s *hsm.Signer) *load {
 	return l
 }
 
-// more waits until so many more were signed.
-func (l *load) more(t *testing.T, n int64) {
+// round waits until each goroutine has begun and ended a signature: what went wrong before is none of its next one's.
+func (l *load) round(t *testing.T) {
 	t.Helper()
-	until := l.signed.Load() + n
+	var before [len(l.signed)]int64
+	for i := range l.signed {
+		before[i] = l.signed[i].Load()
+	}
 	eventually(t, func() error {
 		if err := l.failed.Load(); err != nil {
 			t.Fatalf("a signature failed: %v", *err)
 		}
-		if now := l.signed.Load(); now < until {
-			return fmt.Errorf("%d of %d signatures were made", now, until)
+		for i := range l.signed {
+			if n := l.signed[i].Load() - before[i]; n < 2 {
+				return fmt.Errorf("goroutine %d has made %d signatures", i, n)
+			}
+		}
+		return nil
+	})
+}
+
+// replaced sends the child a signal, and waits until another one is in its place.
+func (l *load) replaced(t *testing.T, token *hsm.Token, which syscall.Signal) {
+	t.Helper()
+	before := token.Restarts()
+	kill(t, token, which)
+	eventually(t, func() error {
+		if token.Restarts() == before {
+			return fmt.Errorf("after %s there is no new child", which)
 		}
 		return nil
 	})
@@ -129,20 +155,11 @@ func TestAChildThatIsKilledOrStoppedIsReplacedAndNoSignatureIsLost(t *testing.T)
 		token := open(t, p, func(o *hsm.Options) { o.Deadline = 2 * time.Second })
 		signer, _ := generate(t, token, p.Specs[0], "kedge")
 		l := startLoad(t, signer)
-		for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSEGV, syscall.SIGSTOP} {
-			l.more(t, 8)
-			pid, before := token.ChildPID(), token.Restarts()
-			if err := syscall.Kill(pid, signal); err != nil {
-				t.Fatal(err)
-			}
-			eventually(t, func() error {
-				if token.Restarts() == before {
-					return fmt.Errorf("after %s there is no new child", signal)
-				}
-				return nil
-			})
-			l.more(t, 8)
+		for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGKILL, syscall.SIGSEGV, syscall.SIGSTOP} {
+			l.round(t)
+			l.replaced(t, token, signal)
 		}
+		l.round(t)
 		l.end(t)
 		if err := token.Problem(); err != nil {
 			t.Errorf("there still is a problem: %v", err)
@@ -180,6 +197,25 @@ func TestATPMThatDiesOrStandsStillIsWaitedForAndUsedAgain(t *testing.T) {
 	}
 }
 
+// TestChildrenThatEndSoonFollowEachOtherEverMoreSlowly, since each logs in.
+func TestChildrenThatEndSoonFollowEachOtherEverMoreSlowly(t *testing.T) {
+	lasted := make([]time.Duration, 12)
+	lasted[10] = time.Hour
+	waits, pauses := hsm.Pauses(lasted)
+	for n := range lasted {
+		low, high := 180*time.Millisecond, 220*time.Millisecond
+		if n > 0 && n != 10 {
+			low, high = min(9*time.Second, pauses[n-1]*18/10), min(11*time.Second, pauses[n-1]*22/10)
+			if waits[n] < pauses[n-1] {
+				t.Errorf("child %d is replaced after %s, and not after %s", n, waits[n], pauses[n-1])
+			}
+		}
+		if pauses[n] < low || pauses[n] > high {
+			t.Errorf("after child %d the pause is %s, and not between %s and %s", n, pauses[n], low, high)
+		}
+	}
+}
+
 // TestChildrenThatAreKilledLockNoTPM: to a TPM a client that dies after its login is no wrong PIN.
 func TestChildrenThatAreKilledLockNoTPM(t *testing.T) {
 	p := hsmparts.StrictTPM(t)
@@ -187,9 +223,7 @@ func TestChildrenThatAreKilledLockNoTPM(t *testing.T) {
 	signer, _ := generate(t, token, hsm.P256, "kedge")
 	for range hsmparts.TPMLimit + 2 {
 		signs(t, signer)
-		if err := syscall.Kill(token.ChildPID(), syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		kill(t, token, syscall.SIGKILL)
 	}
 	signs(t, signer)
 	if n := p.TPM.WrongPINs(t); n != 0 {
@@ -247,22 +281,128 @@ func TestATokenWhoseFilesGoAwayAndComeBackIsUsedAgain(t *testing.T) {
 			p := hsmparts.SoftHSM(t)
 			token := open(t, p, nil)
 			signer, _ := generate(t, token, hsm.P256, "kedge")
-			dir := filepath.Join(p.Dir, "tokens")
-			if err := os.Rename(dir, dir+".away"); err != nil {
-				t.Fatal(err)
-			}
+			back := p.Away(t)
 			if err := ask(token, signer); !errors.Is(err, hsm.ErrUnavailable) {
 				t.Errorf("while they are away: %v", err)
 			}
 			if token.Problem() == nil {
 				t.Error("there is no problem")
 			}
-			if err := os.Rename(dir+".away", dir); err != nil {
-				t.Fatal(err)
-			}
+			back()
 			eventually(t, func() error { return ask(token, signer) })
 			signs(t, signer)
 		})
+	}
+}
+
+// TestATokenWhoseFilesAreAwayWhenItsModuleStartsIsWaitedFor: modules that keep their files open notice only then. An empty folder is what an unmounted disk leaves behind: no module makes a
+// new token in it that refuses the PIN.
+func TestATokenWhoseFilesAreAwayWhenItsModuleStartsIsWaitedFor(t *testing.T) {
+	for _, name := range []string{"NSS", "opencryptoki"} { // SoftHSM notices at once: see above
+		for _, left := range []string{"nothing", "an empty folder"} {
+			t.Run(name+", "+left, func(t *testing.T) {
+				p := hsmparts.All()[name](t)
+				token := open(t, p, nil)
+				signer, _ := generate(t, token, p.Specs[0], "kedge")
+				back := p.Away(t)
+				if left != "nothing" {
+					if err := os.Mkdir(p.Files, 0o770); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := sign(signer); err != nil {
+					t.Errorf("while they are away: %v", err)
+				}
+				kill(t, token, syscall.SIGKILL)
+				eventually(t, func() error {
+					if err := sign(signer); !errors.Is(err, hsm.ErrUnavailable) || token.Problem() == nil {
+						return fmt.Errorf("a child that starts while they are away: %w; the problem is %w", err, token.Problem())
+					}
+					return nil
+				})
+				back()
+				eventually(t, func() error { return sign(signer) })
+				if err := token.Problem(); err != nil {
+					t.Errorf("there still is a problem: %v", err)
+				}
+			})
+		}
+	}
+}
+
+func TestATokenThatNobodyAsksIsKnownToBeAway(t *testing.T) {
+	t.Run("SoftHSM", func(t *testing.T) {
+		p := hsmparts.SoftHSM(t)
+		token := open(t, p, nil)
+		looks := func(token *hsm.Token, away bool) {
+			t.Helper()
+			if token.Look(); (token.Problem() != nil) != away {
+				t.Errorf("away: %v, and the problem is %v", away, token.Problem())
+			}
+		}
+		looks(token, false)
+		back := p.Away(t)
+		looks(token, true)
+		other := open(t, p, nil) // another run of the program
+		looks(other, true)
+		back()
+		looks(token, false)
+		looks(other, false)
+	})
+	t.Run("TPM", func(t *testing.T) {
+		p := hsmparts.NewTPM(t)
+		token := open(t, p, nil)
+		signer, _ := generate(t, token, hsm.P256, "kedge")
+		token.Look()
+		if n := token.Restarts(); n != 1 || token.Problem() != nil {
+			t.Errorf("while it is there: %d children were started, the problem is %v", n, token.Problem())
+		}
+		p.TPM.Kill()
+		token.Look()
+		if token.Problem() == nil {
+			t.Error("there is no problem")
+		}
+		p.TPM.Start(t)
+		eventually(t, func() error { token.Look(); return token.Problem() })
+		signs(t, signer)
+	})
+}
+
+func TestADaemonThatAModuleNeedsIsWaitedForAndUsedAgain(t *testing.T) {
+	p := hsmparts.Opencryptoki(t)
+	token := open(t, p, nil)
+	signer, _ := generate(t, token, p.Specs[0], "kedge")
+	signs(t, signer)
+	p.KillSlotDaemon(t)
+	kill(t, token, syscall.SIGKILL)
+	eventually(t, func() error {
+		if err := sign(signer); !errors.Is(err, hsm.ErrUnavailable) || token.Problem() == nil {
+			return fmt.Errorf("without its daemon: %w; the problem is %w", err, token.Problem())
+		}
+		return nil
+	})
+	p.StartSlotDaemon(t)
+	eventually(t, func() error { return sign(signer) })
+	l := startLoad(t, signer)
+	l.round(t)
+	p.KillSlotDaemon(t)
+	p.StartSlotDaemon(t)
+	l.round(t)
+	l.end(t)
+	if err := token.Problem(); err != nil {
+		t.Errorf("there still is a problem: %v", err)
+	}
+}
+
+// kill sends the child a signal.
+func kill(t *testing.T, token *hsm.Token, which syscall.Signal) {
+	t.Helper()
+	pid := token.ChildPID()
+	if pid == 0 { // to the kernel that is this program and all that it started
+		t.Fatal("there is no child")
+	}
+	if err := syscall.Kill(pid, which); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -302,6 +442,54 @@ func TestAWrongPINIsTriedOnceAndNotAgainUntilItsFileChanges(t *testing.T) {
 				t.Errorf("a PIN is in the log:\n%s", text)
 			}
 		})
+	}
+}
+
+// TestAWrongPINFromTheEnvironmentIsNotTriedAgainUntilSomebodySaysThatItIsRight: a variable does not tell whether it has changed.
+func TestAWrongPINFromTheEnvironmentIsNotTriedAgainUntilSomebodySaysThatItIsRight(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	var log bytes.Buffer
+	var said error
+	try := func(pin string) {
+		t.Helper()
+		t.Setenv("KEDGE_TEST_PIN", pin)
+		token := open(t, p, func(o *hsm.Options) {
+			o.URI.PINSource, o.Logger = hsm.PINSource{Variable: "KEDGE_TEST_PIN"}, slog.New(slog.NewTextHandler(&log, nil))
+		})
+		_, said = token.Keys(t.Context())
+		token.Close()
+	}
+	kept := func() []string {
+		t.Helper()
+		files, err := filepath.Glob(filepath.Join(p.Options().StateDir, "pin-*.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return files
+	}
+	try("654321")
+	files := kept()
+	if len(files) != 1 {
+		t.Fatalf("%q are kept", files)
+	}
+	for _, pin := range []string{"654321", hsmparts.PIN} { // other runs of the program
+		try(pin)
+		if !errors.Is(said, hsm.ErrWrongPIN) || !strings.Contains(said.Error(), "set the right PIN and delete "+files[0]) {
+			t.Errorf("after a restart: %v", said)
+		}
+	}
+	if n := strings.Count(log.String(), "the token refused the PIN ("); n != 1 { // each try says so
+		t.Errorf("the PIN was tried %d times:\n%s", n, log.String())
+	}
+	if err := os.Remove(files[0]); err != nil {
+		t.Fatal(err)
+	}
+	if try(hsmparts.PIN); said != nil {
+		t.Errorf("with the right PIN: %v", said)
+	}
+	text, err := os.ReadFile(files[0])
+	if err != nil || strings.Contains(log.String()+string(text), "654321") || strings.Contains(log.String()+string(text), hsmparts.PIN) {
+		t.Errorf("a PIN is in the log or in what is kept, or nothing is kept: %v\n%s\n%s", err, log.String(), text)
 	}
 }
 
@@ -388,9 +576,7 @@ func TestALoginThatCannotBeRememberedIsALoginAndIsRememberedLater(t *testing.T) 
 	token := open(t, p, func(o *hsm.Options) { o.StateDir, o.Logger = state, slog.New(slog.NewTextHandler(&log, nil)) })
 	signer, _ := generate(t, token, hsm.P256, "kedge")
 	for range 2 {
-		if err := syscall.Kill(token.ChildPID(), syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		kill(t, token, syscall.SIGKILL)
 		signs(t, signer)
 		if err := os.MkdirAll(target, 0o700); err != nil { // for the second
 			t.Fatal(err)
@@ -402,6 +588,35 @@ func TestALoginThatCannotBeRememberedIsALoginAndIsRememberedLater(t *testing.T) 
 	}
 	if kept, err := filepath.Glob(filepath.Join(target, "pin-*.json")); err != nil || len(kept) != 1 {
 		t.Errorf("later %q are kept, %v", kept, err)
+	}
+}
+
+// TestWhatIsRememberedBelongsToWhomItsFolderBelongs, since an admin's 'kedge key' may run as root, and the CA does not.
+func TestWhatIsRememberedBelongsToWhomItsFolderBelongs(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	data, owner := t.TempDir(), os.Getuid()
+	if owner == 0 {
+		owner = 65534
+		if err := os.Chown(data, owner, owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	token := open(t, p, func(o *hsm.Options) { o.StateDir = filepath.Join(data, "hsm") })
+	if _, err := token.Info(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(data, "hsm", "pin-*.json"))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("%q are kept, %v", files, err)
+	}
+	for _, path := range []string{filepath.Dir(files[0]), files[0]} {
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if is := int(info.Sys().(*syscall.Stat_t).Uid); is != owner {
+			t.Errorf("%s belongs to %d and not to %d", path, is, owner)
+		}
 	}
 }
 
@@ -649,9 +864,7 @@ func TestASignatureWaitsForAKeyThatIsLookedForNoLongerThanItsContext(t *testing.
 	file := filepath.Join(t.TempDir(), "asked")
 	t.Setenv(fakeFile, file)
 	t.Setenv(fakeChild, "mute once logged in")
-	if err := syscall.Kill(token.ChildPID(), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	kill(t, token, syscall.SIGKILL)
 	before := token.Restarts()
 	ctx, cancel := context.WithCancel(t.Context())
 	answer := make(chan error, 1)

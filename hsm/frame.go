@@ -25,7 +25,7 @@ const (
 	kindHello    kind = iota + 1 // payload: the protocol; answered by the child's
 	kindStart                    // startRequest → Info: the module is loaded, and the token found
 	kindLogin                    // loginRequest → sourceIdentity of the PIN that was taken
-	kindPing                     // → nothing: the session is logged in, and its token there
+	kindPing                     // → nothing: the token is there
 	kindSign                     // signRequest and the digest → the raw signature
 	kindFind                     // findRequest → findReply
 	kindList                     // listRequest → listReply

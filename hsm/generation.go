@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -36,7 +37,7 @@ type generation struct {
 	err     error // why it ended; nil while it goes on
 	pending map[uint64]chan frame
 	next    uint64
-	found   map[string]*foundReference // by public key, DER
+	found   map[string]*foundReference // by Signer.name
 
 	ended  chan struct{} // closed once err is set
 	exited chan struct{} // closed once the process is gone
@@ -85,6 +86,7 @@ func startChild(number uint64, sessions int, pin []byte, hidden []string, log *s
 		}
 		writing.Close()
 	}
+	_ = unix.CloseRange(socketDescriptor, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC) // what this process was started with and does not know: kernels before 5.11 cannot
 	said := &lineLog{log: log, generation: number}
 	g.process.Stderr = said
 	g.process.WaitDelay = exitLimit // a module may start programs that keep the child's standard error open for good
@@ -167,6 +169,13 @@ func (g *generation) enter(ctx context.Context) (leave func(), err error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+}
+
+// asked says whether somebody waits for an answer, which has a limit of its own: a key takes some tokens minutes to make.
+func (g *generation) asked() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.pending) > 0
 }
 
 // errDied says that the child ended though it was not told to.

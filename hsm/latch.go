@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 // latch remembers over restarts how the last login to a token ended, so that a PIN that the token counted as a wrong one, or may have, is not tried again until somebody writes its source
@@ -109,8 +110,11 @@ func (l *latch) keep(a attempt) error {
 	text, err := json.Marshal(a)
 	if err == nil {
 		if err = os.MkdirAll(l.dir, 0o700); err == nil {
-			err = replace(l.path, text)
+			err = inherit(l.dir)
 		}
+	}
+	if err == nil {
+		err = replace(l.path, text)
 	}
 	l.unsaved = err != nil
 	return err
@@ -123,10 +127,20 @@ func replace(path string, text []byte) error {
 		return err
 	}
 	_, err = file.Write(text)
-	if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
+	if err = errors.Join(err, inherit(path+".new"), file.Sync(), file.Close()); err != nil {
 		return err
 	}
 	return os.Rename(path+".new", path)
+}
+
+// inherit gives a file or a folder to whom the folder that it is in belongs: what an admin writes as root into the data folder of a CA, that CA reads.
+func inherit(path string) error {
+	info, err := os.Stat(filepath.Dir(path))
+	if err != nil || os.Geteuid() != 0 {
+		return err
+	}
+	owner := info.Sys().(*syscall.Stat_t)
+	return os.Chown(path, int(owner.Uid), int(owner.Gid))
 }
 
 // forget is for a login that the token did not come to judge.

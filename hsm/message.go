@@ -50,9 +50,7 @@ type generateRequest struct {
 }
 
 type deleteRequest struct {
-	Public []byte
-	Label  string
-	ID     []byte
+	ID []byte
 }
 
 // keyData is a Key on its way.

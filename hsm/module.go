@@ -191,7 +191,8 @@ func pinOf(r loginRequest) ([]byte, sourceIdentity, error) {
 	return pin, source, err
 }
 
-// ping makes sure that the session is logged in and its token there: SoftHSM's sessions outlive their token.
+// ping makes sure that the token is there, and the session logged in if there was a PIN: SoftHSM's sessions outlive their token, and what tpm2-pkcs11 says of a TPM it says without asking
+// that, but for random numbers.
 func (m *module) ping(session pkcs11.SessionHandle) error {
 	if _, err := m.ctx.GetTokenInfo(m.slot); err != nil {
 		return failed("C_GetTokenInfo", err)
@@ -200,10 +201,13 @@ func (m *module) ping(session pkcs11.SessionHandle) error {
 	if err != nil {
 		return failed("C_GetSessionInfo", err)
 	}
-	if info.State != pkcs11.CKS_RO_USER_FUNCTIONS && info.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+	if m.loggedIn && info.State != pkcs11.CKS_RO_USER_FUNCTIONS && info.State != pkcs11.CKS_RW_USER_FUNCTIONS {
 		return &failure{Reason: reasonModule, Function: "C_GetSessionInfo", Code: pkcs11.CKR_USER_NOT_LOGGED_IN, Text: "the session is not logged in"}
 	}
-	return nil
+	if m.flags&pkcs11.CKF_RNG != 0 {
+		_, err = m.ctx.GenerateRandom(session, 8)
+	}
+	return failed("C_GenerateRandom", err)
 }
 
 // finalize ends the module, once nobody calls it any more.
@@ -267,5 +271,8 @@ func (m *module) sign(session pkcs11.SessionHandle, r signRequest, digest []byte
 		return nil, failed("C_SignInit", err)
 	}
 	signature, err := m.ctx.Sign(session, data)
+	if err != nil && r.mechanism == mechanismPSS {
+		err = fmt.Errorf("%w: it was asked for RSA-PSS, which not every token makes; PKCS #1 v1.5 all do", err)
+	}
 	return signature, failed("C_Sign", err)
 }

@@ -256,7 +256,11 @@ func (m *module) find(session pkcs11.SessionHandle, r findRequest) (findReply, e
 	case len(fit) == 0:
 		return findReply{}, &failure{Reason: reasonNotFound, Text: fmt.Sprintf("of the token's %d private keys%s none belongs to the public key", len(all), wanted(r.Label, r.ID))}
 	case len(fit) > 1:
-		return findReply{}, &failure{Reason: reasonAmbiguous, Text: fmt.Sprintf("%d private keys on the token fit, for instance %s and %s: name one by its id, or remove the others", len(fit), fit[0].data, fit[1].data)}
+		mend := "name one by its id, or remove the others"
+		if len(r.Public) > 0 { // it is looked for wherever on the token it is
+			mend = "remove the others"
+		}
+		return findReply{}, &failure{Reason: reasonAmbiguous, Text: fmt.Sprintf("%d private keys on the token fit, for instance %s and %s: %s", len(fit), fit[0].data, fit[1].data, mend)}
 	}
 	key := fit[0]
 	switch {
@@ -312,7 +316,12 @@ func (m *module) change(do func(session pkcs11.SessionHandle) error) error {
 	return do(session)
 }
 
-// generate makes a key pair, unless there is a private key with the label or the id.
+// halves finds the public keys of an id.
+func (m *module) halves(session pkcs11.SessionHandle, id []byte) ([]pkcs11.ObjectHandle, error) {
+	return m.search(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_ID, id))
+}
+
+// generate makes a key pair, unless there is a private key with the label or the id, or a public one with the id: of two nobody would know which belongs to the private one.
 func (m *module) generate(r generateRequest) error {
 	return m.change(func(session pkcs11.SessionHandle) error {
 		for _, by := range []listRequest{{Label: r.Label}, {ID: r.ID}} {
@@ -323,6 +332,13 @@ func (m *module) generate(r generateRequest) error {
 			if len(there) > 0 {
 				return &failure{Reason: reasonExists, Text: fmt.Sprintf("the token has the %s already: choose another label and id", there[0].data)}
 			}
+		}
+		left, err := m.halves(session, r.ID)
+		if err != nil {
+			return err
+		}
+		if len(left) > 0 {
+			return &failure{Reason: reasonExists, Text: fmt.Sprintf("the token has a public key with the id %x whose private key is gone or was never made: choose another label and id, or delete it with the token's tools", r.ID)}
 		}
 		public := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_VERIFY, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, r.Label),
 			pkcs11.NewAttribute(pkcs11.CKA_ID, r.ID)}
@@ -338,44 +354,35 @@ func (m *module) generate(r generateRequest) error {
 		} else {
 			return &failure{Reason: reasonRequest, Text: fmt.Sprintf("the kind of key %q is unknown", r.Spec)}
 		}
-		_, _, err := m.ctx.GenerateKeyPair(session, []*pkcs11.Mechanism{mechanism}, public, private)
+		_, _, err = m.ctx.GenerateKeyPair(session, []*pkcs11.Mechanism{mechanism}, public, private)
 		return failed("C_GenerateKeyPair", err)
 	})
 }
 
 var rsaBits = map[Spec]int{RSA2048: 2048, RSA3072: 3072, RSA4096: 4096}
 
-// remove destroys the one private key that belongs to a public key, and what the token has of its public half. What is not there is no error.
+// remove destroys the one private key of an id, and what the token has of its public half, also when an earlier deletion came only halfway. What is not there is no error.
 func (m *module) remove(r deleteRequest) error {
 	return m.change(func(session pkcs11.SessionHandle) error {
-		all, err := m.privateKeys(session, r.Label, r.ID)
+		keys, err := m.privateKeys(session, "", r.ID)
 		if err != nil {
 			return err
 		}
-		var fit []foundKey
-		for _, key := range all {
-			if len(r.Public) == 0 || bytes.Equal(key.data.PublicDER, r.Public) {
-				fit = append(fit, key)
-			}
+		if len(keys) > 1 {
+			return &failure{Reason: reasonAmbiguous, Text: fmt.Sprintf("%d private keys on the token fit, for instance %s and %s: nothing is deleted", len(keys), keys[0].data, keys[1].data)}
 		}
-		if len(fit) > 1 {
-			return &failure{Reason: reasonAmbiguous, Text: fmt.Sprintf("%d private keys on the token fit, for instance %s and %s: nothing is deleted", len(fit), fit[0].data, fit[1].data)}
-		}
-		for _, key := range fit {
+		for _, key := range keys {
 			if err := m.ctx.DestroyObject(session, key.handle); err != nil {
 				return failed("C_DestroyObject", err)
 			}
-			if len(key.data.ID) == 0 {
-				continue
-			}
-			public, err := m.search(session, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_ID, []byte(key.data.ID)))
-			if err != nil {
-				return err
-			}
-			for _, handle := range public {
-				if err := m.ctx.DestroyObject(session, handle); err != nil {
-					return failed("C_DestroyObject", err)
-				}
+		}
+		halves, err := m.halves(session, r.ID)
+		if err != nil {
+			return err
+		}
+		for _, handle := range halves {
+			if err := m.ctx.DestroyObject(session, handle); err != nil {
+				return failed("C_DestroyObject", err)
 			}
 		}
 		return nil

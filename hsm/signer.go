@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -16,12 +17,13 @@ import (
 	"golang.org/x/crypto/cryptobyte/asn1"
 )
 
-// Signer is a private key on a token. It outlives the module, the child and the login: whatever happens to them, the key is found again by its public half, and a signature
+// Signer is a private key on a token. It outlives the module, the child and the login: whatever happens to them, the key is found again by its public half (and by the id or the label that named it), and a signature
 // that was waiting is asked for once more. Every signature is verified before it is returned.
 type Signer struct {
 	token  *Token
 	public crypto.PublicKey
-	der    []byte // of public
+	asked  findRequest // for public, in DER, and for the label or the id by which it was found
+	name   string      // of what is asked
 	key    Key
 }
 
@@ -104,21 +106,21 @@ func (s *Signer) request(digest []byte, opts crypto.SignerOpts) (r signRequest, 
 // reference finds the key in a generation, once for all who ask, and makes sure that it is the same.
 func (s *Signer) reference(ctx context.Context, g *generation) (uint32, error) {
 	g.mu.Lock()
-	f, there := g.found[string(s.der)]
+	f, there := g.found[s.name]
 	if !there {
 		f = &foundReference{done: make(chan struct{})}
-		g.found[string(s.der)] = f
+		g.found[s.name] = f
 	}
 	g.mu.Unlock()
 	if !there {
 		go func() { // it is for all who wait, however long the first of them does
-			f.reply, f.err = askFor[findReply](context.WithoutCancel(ctx), g, kindFind, findRequest{Public: s.der}, findLimit)
-			if f.err == nil && string(f.reply.Key.PublicDER) != string(s.der) {
+			f.reply, f.err = askFor[findReply](context.WithoutCancel(ctx), g, kindFind, s.asked, findLimit)
+			if f.err == nil && !bytes.Equal(f.reply.Key.PublicDER, s.asked.Public) {
 				f.err = errors.New("the child found another key than the one that was asked for")
 			}
 			if f.err != nil { // whoever comes later asks anew
 				g.mu.Lock()
-				delete(g.found, string(s.der))
+				delete(g.found, s.name)
 				g.mu.Unlock()
 			}
 			close(f.done)

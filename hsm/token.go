@@ -36,6 +36,7 @@ const (
 	findLimit       = 30 * time.Second // of looking for keys, of which a token may have many
 	firstPause      = 200 * time.Millisecond
 	longestPause    = 10 * time.Second
+	watchEvery      = 5 * time.Second
 	soundAfter      = time.Minute // a generation that lasted so long was a good one: the next begins at once
 )
 
@@ -51,7 +52,7 @@ type Token struct {
 	number   uint64
 	pause    time.Duration // before the next start
 	due      time.Time     // when it may be
-	problem  error         // why there is no generation; nil: there is one, or none was needed yet
+	problem  error         // why there is no generation; nil: there is one, or none was asked for yet
 	since    time.Time     // of the problem
 	latch    latch         // of the goroutine that starts
 	closed   bool
@@ -67,7 +68,8 @@ type start struct {
 	err  error
 }
 
-// Open checks the options. The token is first spoken to when something is asked of it, so that one that is away keeps nobody from starting. Close ends the child.
+// Open checks the options. The token is first spoken to when something is asked of it, or some seconds later, so that one that is away keeps nobody from starting. From then on it
+// is known within a minute that it is away, whether anybody needs it or not (Problem). Close ends the child.
 func Open(o Options) (*Token, error) {
 	if err := Supported(); err != nil {
 		return nil, err
@@ -89,7 +91,32 @@ func Open(o Options) (*Token, error) {
 	}
 	t := &Token{o: o, log: o.Logger, latch: latch{dir: o.StateDir}}
 	t.stopping, t.stop = context.WithCancel(context.Background())
+	t.running.Go(t.watch)
 	return t, nil
+}
+
+// watch asks a token that nobody asks for anything whether it is there: that it is away is said before somebody needs it.
+func (t *Token) watch() {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			t.look()
+		case <-t.stopping.Done():
+			return
+		}
+	}
+}
+
+func (t *Token) look() {
+	_ = t.do(t.stopping, func(g *generation) error { // what is wrong is a problem from now on
+		if g.asked() {
+			return nil
+		}
+		_, err := g.ask(t.stopping, kindPing, nil, nil, t.o.Deadline)
+		return err
+	})
 }
 
 // Close ends the child, in good order if that goes quickly. Nothing works after it.
@@ -113,7 +140,7 @@ func (t *Token) Close() error {
 	return nil
 }
 
-// Problem says why the token cannot be used now, since when, and what to do; nil when it can, or was not needed yet.
+// Problem says why the token cannot be used now, since when, and what to do; nil when it can, or was not asked yet.
 func (t *Token) Problem() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -459,7 +486,8 @@ func (t *Token) find(ctx context.Context, r findRequest) (*Signer, Key, error) {
 	if err != nil {
 		return nil, Key{}, err
 	}
-	s := &Signer{token: t, public: key.Public, der: reply.Key.PublicDER, key: key}
+	r.Public = reply.Key.PublicDER
+	s := &Signer{token: t, public: key.Public, asked: r, name: fmt.Sprintf("%x %x %s", r.Public, r.ID, r.Label), key: key}
 	if err := s.prove(ctx); err != nil {
 		return nil, Key{}, fmt.Errorf("the %s on the token %s does not sign as its public half says: %w", key, t.name(), err)
 	}

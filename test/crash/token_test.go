@@ -53,22 +53,6 @@ func stateOf(stat string) (state string, parent int) {
 	return fields[0], parent
 }
 
-// softToken makes a token of SoftHSM. What its files are in goes away and comes back.
-func softToken(t *testing.T) (p *hsmparts.Part, away, back func()) {
-	t.Helper()
-	p = hsmparts.SoftHSM(t)
-	dir := filepath.Join(p.Dir, "tokens")
-	move := func(from, to string) func() {
-		return func() {
-			t.Helper()
-			if err := os.Rename(from, to); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	return p, move(dir, dir+".away"), move(dir+".away", dir)
-}
-
 // tokenRoot makes a root on the token in a ceremony, and returns what configures it and the file of its certificate.
 func tokenRoot(t *testing.T, dir string, uri hsm.URI) (configuration, file string) {
 	t.Helper()
@@ -114,7 +98,7 @@ func says(t *testing.T, k *process.Kedge, code int, problem string) {
 // TestAnIssuingKeyOnATokenOutlivesItsModuleAndItsToken: the token signs every certificate. While clients are at work its module's process is killed, then it stands still: nobody is refused. Then
 // the token is away: callers are told to try again, everything says what is wrong, and all goes on by itself when it is back. Last the CA is killed, and its module's process does not stay behind.
 func TestAnIssuingKeyOnATokenOutlivesItsModuleAndItsToken(t *testing.T) {
-	p, away, back := softToken(t)
+	p := hsmparts.SoftHSM(t)
 	cluster := process.NewCluster(t)
 	k := newCA(t, cluster, fmt.Sprintf("issuingCA: {keyStore: pkcs11, pkcs11: {uri: %q}}\npkcs11: {sessions: 4, timeout: 1s}\n", p.URI))
 	k.Start(t)
@@ -139,7 +123,7 @@ func TestAnIssuingKeyOnATokenOutlivesItsModuleAndItsToken(t *testing.T) {
 		t.Errorf("%d calls were refused, though the token was there", n)
 	}
 
-	away()
+	back := p.Away(t)
 	process.Eventually(t, "a refusal", func() error {
 		if l.refused.Load() == 0 {
 			return errors.New("nobody was refused")
@@ -202,7 +186,7 @@ func (l *load) awaitRenewal(t *testing.T, k *process.Kedge, first string) {
 
 // TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly: the issuing CA is in memory. What is issued goes on, the renewal that fails is told, and it is made when the token is back.
 func TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly(t *testing.T) {
-	p, away, back := softToken(t)
+	p := hsmparts.SoftHSM(t)
 	cluster := process.NewCluster(t)
 	k := process.New(t, "")
 	root, _ := tokenRoot(t, k.Dir, p.URI)
@@ -210,11 +194,14 @@ func TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly(t *testing.T) {
 	k.Start(t)
 	l := newLoad(t, cluster)
 	first := l.signer(t, k)
-	away()
+	back := p.Away(t)
 	says(t, k, http.StatusOK, `root: the token "tok" cannot be used since `)
-	if log := k.Log(); !strings.Contains(log, `"about":"issuing CA","error":"making a new issuing CA: having it certified by the root`) {
-		t.Error("the log does not say that the renewal failed")
-	}
+	process.Eventually(t, "a renewal that fails", func() error {
+		if !strings.Contains(k.Log(), `"about":"issuing CA","error":"making a new issuing CA: having it certified by the root`) {
+			return errors.New("the log does not say so")
+		}
+		return nil
+	})
 	if l.signer(t, k) != first {
 		t.Error("another issuing CA signs, though the root's token is away")
 	}
@@ -224,9 +211,32 @@ func TestARootOnATokenThatIsAwayHoldsUpRenewalsOnly(t *testing.T) {
 	l.check(t, k)
 }
 
+// TestATokenOfARootThatIsAwayIsNoticedBeforeARenewalAsksIt: the issuing CA is in a file, and is renewed in days.
+func TestATokenOfARootThatIsAwayIsNoticedBeforeARenewalAsksIt(t *testing.T) {
+	p := hsmparts.SoftHSM(t)
+	cluster := process.NewCluster(t)
+	k := process.New(t, "")
+	root, _ := tokenRoot(t, k.Dir, p.URI)
+	process.Write(t, k.Config, cluster.Configuration(t, k.Dir)+root)
+	k.Start(t)
+	l := newLoad(t, cluster)
+	first := l.signer(t, k)
+	back := p.Away(t)
+	says(t, k, http.StatusOK, `root: the token "tok" cannot be used since `)
+	if log := k.Log(); !strings.Contains(log, `"msg":"the token cannot be used","token":"tok"`) || strings.Contains(log, "making a new issuing CA") {
+		t.Errorf("the log does not say that the token is away, or a renewal asked it:\n%s", log)
+	}
+	back()
+	says(t, k, http.StatusOK, "")
+	if l.signer(t, k) != first {
+		t.Error("another issuing CA signs, though none was due")
+	}
+	l.check(t, k)
+}
+
 // TestARestartWithoutTheCertificateOfItsRootGoesOn, since the data folder has an issuing CA: what is wrong is told, and ends by itself. A first start has nothing to go on with.
 func TestARestartWithoutTheCertificateOfItsRootGoesOn(t *testing.T) {
-	p, _, _ := softToken(t)
+	p := hsmparts.SoftHSM(t)
 	cluster := process.NewCluster(t)
 	k := process.New(t, "")
 	root, file := tokenRoot(t, k.Dir, p.URI)

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -31,7 +32,8 @@ type Part struct {
 	Parameters string  // see hsm.Options
 	Specs      []hsm.Spec
 	Sessions   int    // that it bears at once
-	Dir        string // its files
+	Dir        string // what there is of it, but for the token of opencryptoki
+	Files      string // the folder of the token's own files
 	TPM        *TPM   // of the TPM
 }
 
@@ -110,10 +112,27 @@ func SoftHSM(t testing.TB) *Part {
 	need(t, module, "softhsm2-util")
 	p := newPart(t, "SoftHSM", "tok", module)
 	config := filepath.Join(p.Dir, "softhsm2.conf")
-	write(t, config, fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", folder(t, p.Dir, "tokens")))
+	p.Files = folder(t, p.Dir, "tokens")
+	write(t, config, fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", p.Files))
 	t.Setenv("SOFTHSM2_CONF", config)
 	p.AddToken(t, "tok")
 	return p
+}
+
+// Away takes the token's files away, and returns what brings them back in the place of what is there meanwhile. At the end of the test they are back.
+func (p *Part) Away(t testing.TB) (back func()) {
+	t.Helper()
+	away := p.Files + ".away"
+	if err := os.Rename(p.Files, away); err != nil {
+		t.Fatal(err)
+	}
+	back = sync.OnceFunc(func() {
+		if err := errors.Join(os.RemoveAll(p.Files), os.Rename(away, p.Files)); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(back)
+	return back
 }
 
 // AddToken makes another token of SoftHSM beside the first.
@@ -128,10 +147,10 @@ func NSS(t testing.TB) *Part {
 	const module = libraries + "/libsoftokn3.so"
 	need(t, module, "certutil")
 	p := newPart(t, "NSS", "tok", module)
-	dir := folder(t, p.Dir, "nss")
+	p.Files = folder(t, p.Dir, "nss")
 	t.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // else RSA runs at 20 a second
-	run(t, p.Dir, nil, "certutil", "-N", "-d", "sql:"+dir, "-f", p.URI.PINSource.File)
-	p.Parameters = fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='secmod.db' flags= dbTokenDescription='tok'", dir)
+	run(t, p.Dir, nil, "certutil", "-N", "-d", "sql:"+p.Files, "-f", p.URI.PINSource.File)
+	p.Parameters = fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='secmod.db' flags= dbTokenDescription='tok'", p.Files)
 	return p
 }
 
@@ -335,7 +354,7 @@ func Opencryptoki(t testing.TB) *Part {
 		lacking(t, "a root user, whom opencryptoki's state belongs to")
 	}
 	p := newPart(t, "opencryptoki", "tok", module)
-	p.Specs = []hsm.Spec{hsm.RSA2048, hsm.RSA3072, hsm.RSA4096}
+	p.Specs, p.Files = []hsm.Spec{hsm.RSA2048, hsm.RSA3072, hsm.RSA4096}, "/var/lib/opencryptoki/swtok"
 	lock, err := os.OpenFile("/run/lock/kedge-test-opencryptoki", os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		t.Fatal(err)
@@ -345,9 +364,7 @@ func Opencryptoki(t testing.TB) *Part {
 	}
 	t.Cleanup(func() { lock.Close() })
 	run(t, p.Dir, nil, "systemd-tmpfiles", "--create", "/usr/lib/tmpfiles.d/opencryptoki.conf")
-	if exec.Command("pgrep", "-x", "pkcsslotd").Run() != nil {
-		run(t, p.Dir, nil, "pkcsslotd")
-	}
+	p.StartSlotDaemon(t)
 	wipe := p.wipe
 	if wipe() != nil { // it is new, or somebody else's
 		initialise(t, p.Dir)
@@ -356,6 +373,37 @@ func Opencryptoki(t testing.TB) *Part {
 		}
 	}
 	return p
+}
+
+// StartSlotDaemon starts what the module of opencryptoki asks which tokens there are, unless it runs.
+func (p *Part) StartSlotDaemon(t testing.TB) {
+	t.Helper()
+	if slotDaemon(t) == 0 {
+		run(t, p.Dir, nil, "pkcsslotd")
+	}
+}
+
+// KillSlotDaemon ends it at once, and waits until it is gone.
+func (p *Part) KillSlotDaemon(t testing.TB) {
+	t.Helper()
+	t.Cleanup(func() { p.StartSlotDaemon(t) })
+	for pid := slotDaemon(t); pid != 0 && syscall.Kill(pid, syscall.SIGKILL) == nil; { // it is no child of this process: nobody waits for it here
+		<-time.After(5 * time.Millisecond)
+	}
+}
+
+// slotDaemon is its process; 0: it does not run.
+func slotDaemon(t testing.TB) int {
+	t.Helper()
+	out, err := exec.Command("pgrep", "-x", "pkcsslotd").Output()
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(out)))
+	if err != nil {
+		t.Fatalf("which process is pkcsslotd: %v", err)
+	}
+	return pid
 }
 
 // wipe deletes every key on the token.
@@ -398,12 +446,21 @@ func initialise(t testing.TB, dir string) {
 	run(t, dir, nil, "pkcsconf", "-p", "-c", "3", "-U", "87651234", "-n", PIN)
 }
 
-// Import puts a key that was made elsewhere onto a token of SoftHSM. id is in hex.
-func (p *Part) Import(t testing.TB, label, id string) {
+// Import puts a key that was made elsewhere onto a token of SoftHSM, once for each id. Ids are in hex.
+func (p *Part) Import(t testing.TB, label string, ids ...string) {
 	t.Helper()
 	file := filepath.Join(p.Dir, label+".pem")
 	run(t, p.Dir, nil, "openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", file)
-	run(t, p.Dir, nil, "softhsm2-util", "--import", file, "--token", p.URI.Token, "--label", label, "--id", id, "--pin", PIN)
+	for _, id := range ids {
+		run(t, p.Dir, nil, "softhsm2-util", "--import", file, "--token", p.URI.Token, "--label", label, "--id", id, "--pin", PIN)
+	}
+}
+
+// Destroy destroys half of a key pair on a token of SoftHSM, "privkey" or "pubkey", with the token's own tools. id is in hex.
+func (p *Part) Destroy(t testing.TB, half, id string) {
+	t.Helper()
+	need(t, "pkcs11-tool")
+	run(t, p.Dir, nil, "pkcs11-tool", "--module", p.URI.ModulePath, "--token-label", p.URI.Token, "--login", "--pin", PIN, "--delete-object", "--type", half, "--id", id)
 }
 
 // Generate makes a P-256 key on a token of SoftHSM as the token's own tools do, also beside one of the same label. id is in hex; more are further arguments of pkcs11-tool.
