@@ -164,7 +164,8 @@ const (
 )
 
 // ofRequest says whether the failure is the request's own fault, so that another generation would answer the same. Modules use codes so
-// differently that everything that is not surely about the request is not.
+// differently that everything that is not surely about the request is not: a key that was found is of the right kind and may sign, so that KEY_TYPE_INCONSISTENT and
+// KEY_FUNCTION_NOT_PERMITTED say that it was lost, which NSS does when a session ends under a signature.
 func (e *Error) ofRequest() bool {
 	switch e.reason {
 	case reasonNotFound, reasonAmbiguous, reasonExists, reasonRefused, reasonRequest:
@@ -178,8 +179,8 @@ func (e *Error) ofRequest() bool {
 		0x1B,       // ACTION_PROHIBITED
 		0x20, 0x21, // DATA_INVALID, DATA_LEN_RANGE
 		codeFunctionNotSupported, //
-		0x62, 0x63, 0x68,         // KEY_SIZE_RANGE, KEY_TYPE_INCONSISTENT, KEY_FUNCTION_NOT_PERMITTED
-		0x70, 0x71, // MECHANISM_INVALID, MECHANISM_PARAM_INVALID
+		0x62,                     // KEY_SIZE_RANGE
+		0x70, 0x71,               // MECHANISM_INVALID, MECHANISM_PARAM_INVALID
 		0xD0, 0xD1, // TEMPLATE_INCOMPLETE, TEMPLATE_INCONSISTENT
 		0x130, 0x140, // DOMAIN_PARAMS_INVALID, CURVE_NOT_SUPPORTED
 		codeTokenWriteProtected:
