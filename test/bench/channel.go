@@ -148,7 +148,7 @@ type link struct {
 	method string
 	in     *http2.Framer // of the goroutine that reads
 	heard  atomic.Int64  // when a frame came last, in UNIX ns
-	answer chan reply   // to the call that is under way
+	answer chan reply    // to the call that is under way
 	ended  chan struct{}
 	err    error // why, once it has ended
 
