@@ -57,7 +57,7 @@ when, the plan, the token and what it says of the key, and the hashes. A run tha
 // perform does what a plan says. All that can be found wrong is found before a key is made or signs: the names are free, their folders can be written to, and what will be signed is good.
 func perform(c *cobra.Command, plan *ceremony.Plan, dry bool) error {
 	r := performance{Plan: plan, now: time.Now()}
-	if err := r.begin(); err != nil {
+	if err := r.begin(c); err != nil {
 		return err
 	}
 	defer r.token.Close()
@@ -105,8 +105,8 @@ type performance struct {
 }
 
 // begin asks the token for nothing.
-func (r *performance) begin() (err error) {
-	if r.token, r.uri, err = openToken(r.Key.URI, r.Key.ModuleParameters, r.Key.Timeout); err != nil {
+func (r *performance) begin(c *cobra.Command) (err error) {
+	if r.token, r.uri, err = openToken(c, r.Key.URI, r.Key.ModuleParameters, r.Key.Timeout); err != nil {
 		return fmt.Errorf("key.uri of the plan: %w", err)
 	}
 	if r.uri.Object == "" && (len(r.uri.ID) == 0 || r.Key.Create != "") {

@@ -117,7 +117,7 @@ func rehearse(ctx context.Context, w io.Writer, c *config.Config) error {
 		c = &copied
 		c.Root.File.Dir = filepath.Join(dir, "root")
 	}
-	from, err := openOrigins(c, folders{keys: filepath.Join(dir, "keys"), tokens: userTokens()}, slog.New(warningsOnly{slog.NewTextHandler(w, nil)}))
+	from, err := openOrigins(c, folders{keys: filepath.Join(dir, "keys"), tokens: sharedTokens(c.DataDir)}, slog.New(warningsOnly{slog.NewTextHandler(w, nil)}))
 	if err != nil {
 		return err
 	}

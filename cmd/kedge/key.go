@@ -33,17 +33,26 @@ func (f *tokenFlags) add(c *cobra.Command) {
 	c.PersistentFlags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how long a call of the module may take")
 }
 
-func (f *tokenFlags) open(text string) (*hsm.Token, hsm.URI, error) {
-	return openToken(text, f.parameters, f.timeout)
+func (f *tokenFlags) open(c *cobra.Command, text string) (*hsm.Token, hsm.URI, error) {
+	return openToken(c, text, f.parameters, f.timeout)
 }
 
 // openToken asks the token for nothing. Nothing is logged: the error says it.
-func openToken(text, parameters string, timeout time.Duration) (*hsm.Token, hsm.URI, error) {
+func openToken(c *cobra.Command, text, parameters string, timeout time.Duration) (*hsm.Token, hsm.URI, error) {
 	uri, err := hsm.ParseURI(text)
 	if err != nil {
 		return nil, uri, usageError{err}
 	}
-	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: parameters, Deadline: timeout, Sessions: 1, StateDir: userTokens()})
+	remembered := userTokens()
+	t := target{config: c.Flag("config").Value.String(), data: c.Flag("data").Value.String()}
+	if t != (target{}) {
+		ca, err := t.load()
+		if err != nil {
+			return nil, uri, err
+		}
+		remembered = sharedTokens(ca.DataDir)
+	}
+	token, err := hsm.Open(hsm.Options{URI: uri, Parameters: parameters, Deadline: timeout, Sessions: 1, StateDir: remembered})
 	return token, uri, err
 }
 
@@ -55,7 +64,7 @@ func newKeyCommand() *cobra.Command {
 
   pkcs11:token=roots;object=mesh?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin
 
-No CA needs to run. What a token does not say of a key is shown as "not said".`,
+No CA needs to run. With --config or --data a PIN that the token has refused is remembered where that CA remembers it: neither tries it again after the other. What a token does not say of a key is shown as "not said".`,
 	}
 	f.add(c)
 	c.AddCommand(newKeyListCommand(f), newKeyCreateCommand(f), newKeyInspectCommand(f))
@@ -93,7 +102,7 @@ func newKeyListCommand(f *tokenFlags) *cobra.Command {
 	c := &cobra.Command{
 		Use: "list URI", Short: "List the private keys on a token", Args: arguments("URI"),
 		RunE: func(c *cobra.Command, args []string) error {
-			token, _, err := f.open(args[0])
+			token, _, err := f.open(c, args[0])
 			if err != nil {
 				return err
 			}
@@ -142,7 +151,7 @@ func newKeyInspectCommand(f *tokenFlags) *cobra.Command {
 		Long: `Show the one key that the URI's object and id name: what the token says of it, its public half, and whether it is good enough for an authority. It signs something of no
 meaning, and the signature is verified.`,
 		RunE: func(c *cobra.Command, args []string) error {
-			token, _, err := f.open(args[0])
+			token, _, err := f.open(c, args[0])
 			if err != nil {
 				return err
 			}
@@ -221,7 +230,7 @@ left alone, and is an error.`,
 				}
 				return usageError{fmt.Errorf("--type is %q: name one of %s", kind, strings.Join(names, ", "))}
 			}
-			token, uri, err := f.open(args[0])
+			token, uri, err := f.open(c, args[0])
 			if err != nil {
 				return err
 			}
@@ -249,6 +258,17 @@ func createKey(ctx context.Context, token *hsm.Token, uri hsm.URI, spec hsm.Spec
 		rand.Read(id) // never fails
 	}
 	return token.Generate(ctx, spec, uri.Object, id)
+}
+
+// caTokens is where the CA of a data folder remembers that a token has refused a PIN: a token locks itself after a few.
+func caTokens(dataDir string) string { return filepath.Join(dataDir, "hsm") }
+
+// sharedTokens is the same for a verb that names that CA. Before its first start it remembers nothing, and the folder is for it to make.
+func sharedTokens(dataDir string) string {
+	if _, err := os.Stat(dataDir); err != nil {
+		return userTokens()
+	}
+	return caTokens(dataDir)
 }
 
 // userTokens is where it is remembered for this user that a token has refused a PIN: a token locks itself after a few. "" where the user has no folder for such things.

@@ -150,7 +150,7 @@ func (s *server) openCA(ctx context.Context, counters *metrics.Metrics) error {
 		return err
 	}
 	s.closers = append(s.closers, func() error { s.mark.save(); return nil })
-	from, err := openOrigins(c, folders{keys: filepath.Join(s.dataDir, "keys"), tokens: filepath.Join(s.dataDir, "hsm")}, s.log)
+	from, err := openOrigins(c, folders{keys: filepath.Join(s.dataDir, "keys"), tokens: caTokens(s.dataDir)}, s.log)
 	if err != nil {
 		return err
 	}
