@@ -121,13 +121,17 @@ func New(o Options) *Gate {
 	if o.Metrics == nil {
 		o.Metrics = noMetrics{}
 	}
-	return &Gate{
+	g := &Gate{
 		connections: o.Connections, shaking: peersShaking * runtime.GOMAXPROCS(0), patience: o.Patience, work: o.Work, log: o.Logger, metrics: o.Metrics,
 		// More at once would only make each of them slower, and calls with them.
 		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections, o.Connections),
 		calls:      newTurns(runtime.GOMAXPROCS(0), cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
 		peers:      map[netip.Prefix]*peerConns{}, idle: newIdle(), arriving: list.New(), room: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
+	for _, t := range []*turns{g.handshakes, g.calls} {
+		t.way = &lookout{turns: t, closed: g.closed}
+	}
+	return g
 }
 
 type noMetrics struct{}

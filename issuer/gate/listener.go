@@ -36,9 +36,6 @@ type listener struct {
 // It is called once, and what it returns is closed.
 func (g *Gate) Listener(l net.Listener) net.Listener {
 	go g.watch()
-	if err := errors.Join(g.handshakes.look(g.closed), g.calls.look(g.closed)); err != nil {
-		g.log.Warn("under load calls will be seen some 10 ms late", "error", err)
-	}
 	return &listener{l, g, sync.OnceValue(func() error {
 		close(g.closed)
 		return l.Close()

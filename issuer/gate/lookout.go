@@ -1,7 +1,6 @@
 package gate
 
 import (
-	"fmt"
 	"os"
 	"time"
 )
@@ -12,50 +11,51 @@ const glance = time.Millisecond
 // lookout is a way for a turn from the one who gives it back to the one who is next, by which the network is looked at. Go's scheduler does that when a processor has nothing
 // else to do, or every 10 ms: as long as somebody waits for each turn there is always something to do, and a call that comes takes 10 ms to be seen, a new connection with its
 // three words 30. Somebody who reads from a pipe goes on only when the scheduler has looked, with all who have come meanwhile.
+//
+// It is of the turns' lock, and the pipe is opened when it is needed first.
 type lookout struct {
-	in, out *os.File
-
-	// Of the lock of the turns.
-	last  time.Time // that a turn went this way
-	under bool      // one is on its way
+	turns  *turns
+	closed <-chan struct{} // ends it
+	out    *os.File        // of the pipe; nil: there is none yet
+	last   time.Time       // that a turn went this way
+	under  bool            // one is on its way
 }
 
-// look opens the way, until closed is.
-func (t *turns) look(closed <-chan struct{}) error {
-	in, out, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("opening a pipe: %w", err)
-	}
-	way := &lookout{in: in, out: out}
-	t.mu.Lock()
-	t.way = way
-	t.mu.Unlock()
-	go func() {
-		<-closed
-		_ = out.Close() // which ends the reading
-	}()
-	go func() {
-		defer in.Close()
-		for one := make([]byte, 1); ; {
-			if _, err := in.Read(one); err != nil {
-				return
-			}
-			t.mu.Lock()
-			way.under = false
-			t.free++
-			t.serve()
-			t.mu.Unlock()
-		}
-	}()
-	return nil
-}
-
-// send sends a turn on its way, if it is time for that.
+// send sends a turn on its way, if it is time for that, and possible: without a descriptor for a pipe others are seen late.
 func (l *lookout) send(now time.Time) bool {
-	if l == nil || l.under || now.Sub(l.last) < glance {
+	if l == nil || l.under || now.Sub(l.last) < glance || l.out == nil && !l.open() {
 		return false
 	}
 	_, err := l.out.Write([]byte{0}) // it fails after the end, when it matters to nobody any more
 	l.under, l.last = err == nil, now
 	return l.under
+}
+
+func (l *lookout) open() bool {
+	in, out, err := os.Pipe()
+	if err != nil {
+		return false
+	}
+	l.out = out
+	go func() {
+		<-l.closed
+		_ = out.Close() // which ends the reading
+	}()
+	go l.receive(in)
+	return true
+}
+
+// receive takes turns from the pipe to those who are next.
+func (l *lookout) receive(in *os.File) {
+	defer in.Close()
+	for one := make([]byte, 1); ; {
+		if _, err := in.Read(one); err != nil {
+			return
+		}
+		l.turns.mu.Lock()
+		l.under = false
+		l.turns.free++
+		l.turns.serve()
+		l.turns.mu.Unlock()
+	}
 }

@@ -471,9 +471,7 @@ func TestWhoWaitsIsSentAwayWhenTheCAStops(t *testing.T) {
 func TestATurnThatGoesByTheNetworkComesBack(t *testing.T) {
 	turns, out, had := busy(t)
 	closed := make(chan struct{})
-	if err := turns.look(closed); err != nil {
-		t.Fatal(err)
-	}
+	turns.way = &lookout{turns: turns, closed: closed}
 	peer, sent, left := peerNamed("192.0.2.1"), 0, 1
 	next := served{peer, had}
 	for i := range 300 {
