@@ -78,7 +78,7 @@ func (c *CA) openKey(ctx context.Context, a *authority) error {
 	if err != nil {
 		return fmt.Errorf("opening the key %q of the issuing CA %s: %w", a.record.KeyRef, a.short(), err)
 	}
-	if err := sameKey(key.Public(), a.cert); err != nil {
+	if err := isKeyOf(key.Public(), a.cert); err != nil {
 		return fmt.Errorf("the key %q of the issuing CA %s: %w", a.record.KeyRef, a.short(), err)
 	}
 	return a.use(key)
@@ -99,9 +99,14 @@ func (a *authority) halfLife() time.Time {
 	return a.cert.NotBefore.Add(a.notAfter.Sub(a.cert.NotBefore) / 2)
 }
 
-func sameKey(pub crypto.PublicKey, cert *x509.Certificate) error {
-	comparable, ok := pub.(interface{ Equal(crypto.PublicKey) bool })
-	if !ok || !comparable.Equal(cert.PublicKey) {
+// SameKey says whether two public keys are the same one.
+func SameKey(a, b crypto.PublicKey) bool {
+	key, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && key.Equal(b)
+}
+
+func isKeyOf(pub crypto.PublicKey, cert *x509.Certificate) error {
+	if !SameKey(pub, cert.PublicKey) {
 		return fmt.Errorf("the public key (%T) is not the one in the certificate of %s", pub, cert.Subject)
 	}
 	return nil

@@ -78,7 +78,7 @@ func (c *CA) openBrought(ctx context.Context, a *authority) error {
 	if len(chain) == 0 || !chain[0].Equal(a.cert) {
 		return fmt.Errorf("the issuing CA %s is not the one that the root brings now", a.short())
 	}
-	if err := sameKey(key.Public(), a.cert); err != nil {
+	if err := isKeyOf(key.Public(), a.cert); err != nil {
 		return fmt.Errorf("the key of the issuing CA %s, which comes with the root: %w", a.short(), err)
 	}
 	return a.use(key)
@@ -88,7 +88,7 @@ func (c *CA) openBrought(ctx context.Context, a *authority) error {
 // returns the trust anchor.
 func checkBrought(chain []*x509.Certificate, key crypto.Signer, roots []*x509.Certificate, td spiffeid.TrustDomain, now time.Time) (*x509.Certificate, error) {
 	cert := chain[0]
-	if err := sameKey(key.Public(), cert); err != nil {
+	if err := isKeyOf(key.Public(), cert); err != nil {
 		return nil, err
 	}
 	switch {

@@ -109,7 +109,7 @@ func (i Issuers) Fit(request CertifyRequest, now time.Time) (CertifyRequest, err
 		if err != nil {
 			return request, fmt.Errorf("its CSR: %w", err)
 		}
-		if pub, ok := csr.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(request.PublicKey) {
+		if !SameKey(csr.PublicKey, request.PublicKey) {
 			return request, errors.New("its CSR is for another public key")
 		}
 	}
@@ -165,7 +165,7 @@ func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request 
 		return nil, errors.New("there is no certificate")
 	}
 	cert, id := chain[0], "spiffe://"+request.TrustDomain
-	if err := sameKey(request.PublicKey, cert); err != nil {
+	if err := isKeyOf(request.PublicKey, cert); err != nil {
 		return nil, fmt.Errorf("it is for another public key: %w", err)
 	}
 	switch {
@@ -201,7 +201,8 @@ func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request 
 	if err != nil {
 		return nil, err
 	}
-	for _, above := range append(chain[1:len(chain):len(chain)], anchor) {
+	issuers := append(slices.Clone(chain[1:]), anchor)
+	for _, above := range issuers {
 		switch {
 		case cert.NotBefore.Before(above.NotBefore):
 			return nil, fmt.Errorf("it is valid from %s on, before %s above it is (%s): the root's clock is behind, set it",
@@ -210,8 +211,8 @@ func checkIssuing(chain []*x509.Certificate, roots []*x509.Certificate, request 
 			return nil, errors.New("it has the name of one of its issuers, and verifiers would take it for self-issued (RFC 5280 4.2.1.1)")
 		}
 	}
-	if above := append(chain[:len(chain):len(chain)], anchor)[1]; !bytes.Equal(cert.AuthorityKeyId, above.SubjectKeyId) && len(above.SubjectKeyId) > 0 {
-		return nil, fmt.Errorf("its authority key identifier is not the one of %s (RFC 5280 4.2.1.1)", above.Subject)
+	if by := issuers[0]; !bytes.Equal(cert.AuthorityKeyId, by.SubjectKeyId) && len(by.SubjectKeyId) > 0 {
+		return nil, fmt.Errorf("its authority key identifier is not the one of %s (RFC 5280 4.2.1.1)", by.Subject)
 	}
 	return anchor, nil
 }

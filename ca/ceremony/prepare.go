@@ -67,7 +67,7 @@ func (p *Plan) Prepare(signer crypto.PublicKey, now time.Time) (*Prepared, error
 		if err != nil {
 			return nil, err
 		}
-		if !sameKey(issuer.PublicKey, signer) {
+		if !ca.SameKey(issuer.PublicKey, signer) {
 			return nil, fmt.Errorf("the key on the token is not that of issuer %s (%s): name the certificate that belongs to the key", p.Issuer, issuer.Subject)
 		}
 		r.Issuer = issuer
@@ -193,7 +193,7 @@ func (r *Prepared) underIssuer() error {
 		return fmt.Errorf("pathLength %d is not less than the issuer's %d", t.MaxPathLen, issuer.MaxPathLen)
 	case t.Subject.String() == issuer.Subject.String():
 		return errors.New("subject is the issuer's own: verifiers would take the certificate for self-issued (RFC 5280 4.2.1.1)")
-	case sameKey(r.subject, issuer.PublicKey):
+	case ca.SameKey(r.subject, issuer.PublicKey):
 		return fmt.Errorf("csr %s has the key of the issuer itself", r.Plan.CSR)
 	}
 	return nil
@@ -367,9 +367,4 @@ func algorithm(pub crypto.PublicKey) x509.SignatureAlgorithm {
 		}
 	}
 	return x509.SHA256WithRSA
-}
-
-func sameKey(a, b crypto.PublicKey) bool {
-	key, ok := a.(interface{ Equal(crypto.PublicKey) bool })
-	return ok && b != nil && key.Equal(b)
 }

@@ -27,7 +27,7 @@ func (r *Prepared) Sign(key crypto.Signer) (*Signed, error) {
 	if r.Open {
 		return nil, errors.New("what is to be signed was prepared without the key: prepare it anew") // a defect
 	}
-	if !sameKey(r.signer, key.Public()) {
+	if !ca.SameKey(r.signer, key.Public()) {
 		return nil, errors.New("the key is another one than what was prepared is for")
 	}
 	der, err := r.sign(key, false)

@@ -150,7 +150,7 @@ func keysWithout(t *testing.T, store ca.KeyStore, f Fault, spec ca.KeySpec) {
 	}
 	process.Eventually(t, "Open to find the key again", func() error {
 		again, err := store.Open(t.Context(), ref)
-		if err == nil && !sameKey(again.Public(), key.Public()) {
+		if err == nil && !ca.SameKey(again.Public(), key.Public()) {
 			t.Fatal("Open found another key")
 		}
 		return err

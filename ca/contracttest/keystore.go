@@ -189,7 +189,7 @@ func open(t *testing.T, store ca.KeyStore, ref string) crypto.Signer {
 // checkSigns makes sure that key signs so that pub verifies it. It may be called from any goroutine.
 func checkSigns(t *testing.T, key crypto.Signer, pub crypto.PublicKey) {
 	t.Helper()
-	if !sameKey(key.Public(), pub) {
+	if !ca.SameKey(key.Public(), pub) {
 		t.Error("the key is another one")
 	}
 	digest := sha256.Sum256([]byte("a certificate"))

@@ -97,7 +97,7 @@ func Root(t *testing.T, make func(t *testing.T) ca.Root, faults map[string]func(
 					t.Errorf("Certify: %v", err)
 					return
 				}
-				if !sameKey(chain[0].PublicKey, key.Public()) {
+				if !ca.SameKey(chain[0].PublicKey, key.Public()) {
 					t.Error("a caller got the certificate of another's key")
 				}
 				if got, err := root.Roots(t.Context()); err != nil || !sameCertificates(got, want) {
@@ -187,7 +187,7 @@ func roots(t *testing.T, root ca.Root) []*x509.Certificate {
 func checkChain(t *testing.T, root ca.Root, chain []*x509.Certificate, pub crypto.PublicKey) {
 	t.Helper()
 	cert := chain[0]
-	if !sameKey(cert.PublicKey, pub) {
+	if !ca.SameKey(cert.PublicKey, pub) {
 		t.Error("the certificate is for another key")
 	}
 	if !cert.BasicConstraintsValid || !cert.IsCA {
@@ -265,11 +265,6 @@ func newKey(t *testing.T) crypto.Signer {
 		t.Fatal(err)
 	}
 	return key
-}
-
-func sameKey(a, b crypto.PublicKey) bool {
-	key, ok := a.(interface{ Equal(crypto.PublicKey) bool })
-	return ok && key.Equal(b)
 }
 
 func sameCertificates(a, b []*x509.Certificate) bool {

@@ -100,7 +100,7 @@ func (s *caSet) takeKey(dir string, files contents, p passphrase) (err error) {
 	if s.key, err = decodeAnyKey(filepath.Join(dir, s.layout.key), text, p); err != nil {
 		return bad(s.layout.key, ca.Unreadable, "%s: %w", s.layout.key, err)
 	}
-	if pub, ok := s.key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(s.cert.PublicKey) {
+	if !ca.SameKey(s.key.Public(), s.cert.PublicKey) {
 		return bad(s.layout.key, ca.Mismatched, "%s does not belong to %s: they are of two different CAs; put the two there that belong together", s.layout.key, s.layout.cert)
 	}
 	return nil

@@ -140,7 +140,7 @@ func (r *Root) key() (crypto.Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if pub, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(r.cert.PublicKey) {
+	if !ca.SameKey(key.Public(), r.cert.PublicKey) {
 		return nil, fmt.Errorf("the key %s does not belong to the certificate %s: restore the two that belong together from a backup",
 			r.path(r.keyName), r.path(certificateFile))
 	}

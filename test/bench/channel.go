@@ -294,7 +294,7 @@ func (l *link) call(ctx context.Context, headers []hpack.HeaderField, request []
 			timer.Stop()
 			return nil, status.FromContextError(ctx.Err()).Err()
 		case <-timer.C:
-			silent := time.Since(maxTime(began, time.Unix(0, l.heard.Load())))
+			silent := min(time.Since(began), time.Since(time.Unix(0, l.heard.Load())))
 			switch {
 			case silent < keepaliveTime:
 				wait = keepaliveTime - silent
@@ -307,11 +307,4 @@ func (l *link) call(ctx context.Context, headers []hpack.HeaderField, request []
 			}
 		}
 	}
-}
-
-func maxTime(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
 }

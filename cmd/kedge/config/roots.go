@@ -35,8 +35,7 @@ func sections(of reflect.Type) (names []string) {
 
 // root judges where the root and the keys are.
 func (v *validation) root(c *Config) {
-	usual := Default()
-	usual.Root.File.Dir = c.Root.File.Dir // it follows dataDir
+	usual := c.usual()
 	v.kind("root", "kind", c.Root.Kind, RootKinds(), c.Root, usual.Root)
 	v.kind("issuingCA", "keyStore", c.IssuingCA.KeyStore, KeyStores(), c.IssuingCA, usual.IssuingCA)
 	v.unused("issuingCA.passphraseFile", c.IssuingCA.PassphraseFile, "", "issuingCA.keyStore", c.IssuingCA.KeyStore, KeyStoreFile)
@@ -45,6 +44,13 @@ func (v *validation) root(c *Config) {
 	}
 	v.vault(c, usual)
 	v.pkcs11(c, usual)
+}
+
+// usual is the default, but for the folder that follows dataDir.
+func (c *Config) usual() *Config {
+	usual := Default()
+	usual.Root.File.Dir = c.Root.File.Dir
+	return usual
 }
 
 // kind makes sure that a kind is one of those that there are, and judges its section. One for another kind would be believed to count, so it is refused.

@@ -46,9 +46,7 @@ func (c *Config) WriteTemplate(w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	usual := Default()
-	usual.Root.File.Dir = c.Root.File.Dir // it follows dataDir
-	t := template{comments: comments, usual: reflect.ValueOf(*usual), skip: map[string]bool{
+	t := template{comments: comments, usual: reflect.ValueOf(*c.usual()), skip: map[string]bool{
 		"csr": true, "operations": true, "log": true, "tracing": true, "profiles": true, "cfsslProfilesFile": true, "callers": true, "ledger": true,
 		"root.foreignWindow": c.Root.Kind == RootKindFile, "issuingCA.passphraseFile": c.IssuingCA.KeyStore != KeyStoreFile, "vault": !c.UsesVault(), "pkcs11": !c.UsesPKCS11(),
 	}}
