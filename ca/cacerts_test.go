@@ -8,8 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -19,36 +17,6 @@ import (
 	"kedge/plugins/file"
 	"kedge/test/process"
 )
-
-// secret is a folder in which Kubernetes mounts istiod's Secret.
-type secret struct {
-	dir   string
-	count int
-}
-
-// put exchanges all files at once, as the kubelet does. Names that are not among the new files are gone.
-func (s *secret) put(t *testing.T, files map[string][]byte) {
-	t.Helper()
-	s.count++
-	folder := fmt.Sprintf("..%d", s.count)
-	if err := os.Mkdir(filepath.Join(s.dir, folder), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for name, text := range files {
-		if err := os.WriteFile(filepath.Join(s.dir, folder, name), text, 0o640); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(s.dir, name)); err != nil && !errors.Is(err, os.ErrExist) {
-			t.Fatal(err)
-		}
-	}
-	if err := os.Symlink(folder, filepath.Join(s.dir, "..new")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(filepath.Join(s.dir, "..new"), filepath.Join(s.dir, "..data")); err != nil {
-		t.Fatal(err)
-	}
-}
 
 func certificatesPEM(all ...*madeCA) []byte {
 	var text bytes.Buffer
@@ -75,9 +43,9 @@ func asIstio(c *x509.Certificate) {
 }
 
 // mount lets the CA of the fixture follow a Secret.
-func mount(t *testing.T, f *fixture, s *secret) *file.CACerts {
+func mount(t *testing.T, f *fixture, secret string) *file.CACerts {
 	t.Helper()
-	root, err := file.OpenCACerts(file.CACertsOptions{Dir: s.dir, TrustDomain: td.Name(), PollInterval: 10 * time.Millisecond, Now: f.clock.clock().Wall})
+	root, err := file.OpenCACerts(file.CACertsOptions{Dir: secret, TrustDomain: td.Name(), PollInterval: 10 * time.Millisecond, Now: f.clock.clock().Wall})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,15 +79,15 @@ func TestAMountedSecretIsExchangedAndTakenBack(t *testing.T) {
 	f := newFixture(t)
 	root := makeCA(t, f, "Root CA", nil, nil)
 	one, two := makeCA(t, f, "Intermediate one", root, asIstio), makeCA(t, f, "Intermediate two", root, asIstio)
-	s := &secret{dir: t.TempDir()}
-	s.put(t, istioSet(t, one, root))
-	mount(t, f, s)
+	secret := t.TempDir()
+	process.Mount(t, secret, istioSet(t, one, root))
+	mount(t, f, secret)
 	f.mustOpen(t)
 	first := f.mustIssue(t, f.caller("/ns/default/sa/a"), 0)
 	if first.Authority != ca.AuthorityID(one.cert) || len(first.Chain) != 2 {
 		t.Fatalf("%s signs, and the chain has %d", first.Authority, len(first.Chain))
 	}
-	s.put(t, istioSet(t, two, root))
+	process.Mount(t, secret, istioSet(t, two, root))
 	f.eventually(t, "the second intermediate", func() error { return f.signs(t, two) })
 	second := f.mustIssue(t, f.caller("/ns/default/sa/b"), 0)
 	for _, holder := range []*ca.Issued{first, second} {
@@ -132,7 +100,7 @@ func TestAMountedSecretIsExchangedAndTakenBack(t *testing.T) {
 	if got := f.states(t); got != "retired active" {
 		t.Errorf("the states are %q", got)
 	}
-	s.put(t, istioSet(t, one, root))
+	process.Mount(t, secret, istioSet(t, one, root))
 	f.eventually(t, "the first intermediate again", func() error { return f.signs(t, one) })
 	if got := f.states(t); got != "active retired" {
 		t.Errorf("the states are %q", got)
@@ -146,13 +114,13 @@ func TestASecondRootInAMountedSecretComesAfterTheFirst(t *testing.T) {
 	f := newFixture(t)
 	root, next := makeCA(t, f, "Root CA", nil, nil), makeCA(t, f, "Next root CA", nil, nil)
 	issuing := makeCA(t, f, "Intermediate", root, asIstio)
-	s := &secret{dir: t.TempDir()}
-	s.put(t, istioSet(t, issuing, root))
-	mount(t, f, s)
+	secret := t.TempDir()
+	process.Mount(t, secret, istioSet(t, issuing, root))
+	mount(t, f, secret)
 	f.mustOpen(t)
 	set := istioSet(t, issuing, root)
 	set["root-cert.pem"] = certificatesPEM(next, root) // whatever their order in the file
-	s.put(t, set)
+	process.Mount(t, secret, set)
 	f.eventually(t, "bundle 2", func() error {
 		if sequence := f.ca.Bundle().Sequence; sequence != 2 {
 			return fmt.Errorf("the bundle is %d", sequence)
@@ -171,14 +139,14 @@ func TestARestartWithoutTheMountedKeyIsNotReadySaysWhyAndHeals(t *testing.T) {
 	f := newFixture(t)
 	root := makeCA(t, f, "Root CA", nil, nil)
 	issuing := makeCA(t, f, "Intermediate", root, asIstio)
-	s := &secret{dir: t.TempDir()}
-	s.put(t, istioSet(t, issuing, root))
-	mount(t, f, s)
+	secret := t.TempDir()
+	process.Mount(t, secret, istioSet(t, issuing, root))
+	mount(t, f, secret)
 	f.mustOpen(t)
 	set := istioSet(t, issuing, root)
 	delete(set, "ca-key.pem")
-	s.put(t, set)
-	mount(t, f, s) // another process
+	process.Mount(t, secret, set)
+	mount(t, f, secret) // another process
 	f.reopen(t)
 	if err := f.ca.Ready(t.Context()); err == nil {
 		t.Error("it says that it is ready")
@@ -186,7 +154,7 @@ func TestARestartWithoutTheMountedKeyIsNotReadySaysWhyAndHeals(t *testing.T) {
 	if problems := f.problemsText(); !strings.Contains(problems, "ca-key.pem is missing") {
 		t.Errorf("the problems are %q", problems)
 	}
-	s.put(t, istioSet(t, issuing, root))
+	process.Mount(t, secret, istioSet(t, issuing, root))
 	f.eventually(t, "the key", func() error { return f.ca.Ready(t.Context()) })
 	if err := f.signs(t, issuing); err != nil {
 		t.Error(err)
@@ -216,11 +184,11 @@ func TestAnIntermediateMayOutliveTheRootThatARenewalReplaced(t *testing.T) {
 	new := renewed(t, old, func(c *x509.Certificate) { c.NotAfter = c.NotBefore.AddDate(5, 0, 0) })
 	before := makeCA(t, f, "Intermediate", old, asIstio)
 	after := makeCA(t, f, "Next intermediate", new, func(c *x509.Certificate) { asIstio(c); c.NotAfter = c.NotBefore.AddDate(1, 0, 0) })
-	s := &secret{dir: t.TempDir()}
-	s.put(t, istioSet(t, before, old))
-	mount(t, f, s)
+	secret := t.TempDir()
+	process.Mount(t, secret, istioSet(t, before, old))
+	mount(t, f, secret)
 	f.mustOpen(t)
-	s.put(t, istioSet(t, before, old, new))
+	process.Mount(t, secret, istioSet(t, before, old, new))
 	f.eventually(t, "the renewed root in the bundle", func() error {
 		if roots := f.ca.Bundle().Roots; len(roots) != 2 || !roots[0].Equal(old.cert) {
 			return fmt.Errorf("it has %d roots", len(roots))
@@ -228,7 +196,7 @@ func TestAnIntermediateMayOutliveTheRootThatARenewalReplaced(t *testing.T) {
 		return nil
 	})
 	f.clock.pass(time.Hour) // nothing unseen is left
-	s.put(t, istioSet(t, after, new, old))
+	process.Mount(t, secret, istioSet(t, after, new, old))
 	f.eventually(t, "the next intermediate", func() error { return errors.Join(f.signs(t, after), problem(f)) })
 }
 
@@ -248,9 +216,9 @@ func TestAnIntermediateMayBeOlderThanItsRenewedRoot(t *testing.T) {
 	new := renewed(t, old, func(c *x509.Certificate) {
 		c.NotBefore, c.NotAfter = f.clock.clock().Wall().Add(-time.Hour), c.NotAfter.AddDate(5, 0, 0)
 	})
-	s := &secret{dir: t.TempDir()}
-	s.put(t, istioSet(t, issuing, new))
-	mount(t, f, s)
+	secret := t.TempDir()
+	process.Mount(t, secret, istioSet(t, issuing, new))
+	mount(t, f, secret)
 	f.mustOpen(t)
 	if err := f.signs(t, issuing); err != nil {
 		t.Error(err)

@@ -10,7 +10,6 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"math/big"
@@ -27,6 +26,7 @@ import (
 
 	"kedge/ca"
 	"kedge/ca/contracttest"
+	"kedge/test/process"
 )
 
 // someCA is a CA as Istio's own tools make it: no SPIFFE ID, a DNS name, an intermediate with the path length 0.
@@ -96,36 +96,6 @@ func keyPEM(t testing.TB, key crypto.Signer, kind string) string {
 // cacerts are the files of istiod's Secret, as Istio's tools/certs make them: the chain file has the CA itself and the root.
 func cacerts(t testing.TB, root, intermediate *someCA) map[string]string {
 	return map[string]string{"ca-cert.pem": pemOf(intermediate), "ca-key.pem": keyPEM(t, intermediate.key, clearType), "cert-chain.pem": pemOf(intermediate, root), "root-cert.pem": pemOf(root)}
-}
-
-// volume is a folder in which Kubernetes mounts a Secret.
-type volume struct {
-	dir string
-	n   int
-}
-
-// put exchanges all files at once, as the kubelet does: a new folder, and a link to it that takes the place of the one before.
-func (v *volume) put(t testing.TB, files map[string]string) {
-	t.Helper()
-	v.n++
-	folder := fmt.Sprintf("..%d", v.n)
-	if err := os.Mkdir(filepath.Join(v.dir, folder), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for name, text := range files {
-		if err := os.WriteFile(filepath.Join(v.dir, folder, name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(v.dir, name)); err != nil && !os.IsExist(err) {
-			t.Fatal(err)
-		}
-	}
-	if err := os.Symlink(folder, filepath.Join(v.dir, "..data_tmp")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(filepath.Join(v.dir, "..data_tmp"), filepath.Join(v.dir, "..data")); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // quick is how often files are looked at in tests.
@@ -231,14 +201,16 @@ func TestCACertsKeepThePromisesOfAnIssuingRoot(t *testing.T) {
 	good := newSomeCA(t, "Intermediate", root, nil)
 	bad := badSets(t, root, good)
 	contracttest.IssuingRoot(t, func(t *testing.T) contracttest.Moving {
-		v := &volume{dir: t.TempDir()}
-		v.put(t, cacerts(t, root, good))
-		c := openCACerts(t, v.dir, nil)
-		m := contracttest.Moving{Root: c, Faults: map[string]contracttest.Fault{"its folder away": folderAway(v.dir)},
-			Other: func(t *testing.T) { v.put(t, cacerts(t, root, newSomeCA(t, "Next Intermediate", root, nil))) }, Spoil: map[string]func(*testing.T){},
+		volume := t.TempDir()
+		process.Mount(t, volume, cacerts(t, root, good))
+		c := openCACerts(t, volume, nil)
+		m := contracttest.Moving{Root: c, Faults: map[string]contracttest.Fault{"its folder away": folderAway(volume)},
+			Other: func(t *testing.T) {
+				process.Mount(t, volume, cacerts(t, root, newSomeCA(t, "Next Intermediate", root, nil)))
+			}, Spoil: map[string]func(*testing.T){},
 			Settle: func(t *testing.T) { settled(t, c.watch) }}
 		for name, set := range bad {
-			m.Spoil[name] = func(t *testing.T) { v.put(t, set.files) }
+			m.Spoil[name] = func(t *testing.T) { process.Mount(t, volume, set.files) }
 		}
 		return m
 	})
@@ -248,18 +220,18 @@ func TestEachBadSetIsSaidWithItsFileAndReason(t *testing.T) {
 	root := newSomeCA(t, "Root", nil, nil)
 	good := newSomeCA(t, "Intermediate", root, nil)
 	for want, set := range badSets(t, root, good) {
-		v := &volume{dir: t.TempDir()}
-		v.put(t, set.files)
-		c := openCACerts(t, v.dir, nil)
+		volume := t.TempDir()
+		process.Mount(t, volume, set.files)
+		c := openCACerts(t, volume, nil)
 		_, _, issuingErr := c.Issuing(t.Context())
 		_, rootsErr := c.Roots(t.Context())
 		for _, err := range []error{c.Problem(), issuingErr, rootsErr} {
-			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), v.dir) {
+			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), volume) {
 				t.Errorf("want %q, got: %v", want, err)
 			}
 			tells(t, err, set.file, set.reason)
 		}
-		v.put(t, cacerts(t, root, good)) // and it heals
+		process.Mount(t, volume, cacerts(t, root, good)) // and it heals
 		<-c.Changed()
 		if err := c.Problem(); err != nil {
 			t.Errorf("after a good set: %v", err)
@@ -277,9 +249,9 @@ func TestACAThatIsARootKeepsThePromisesOfARoot(t *testing.T) {
 				if roots {
 					files["root-cert.pem"] = pemOf(root)
 				}
-				v := &volume{dir: t.TempDir()}
-				v.put(t, files)
-				c := openCACerts(t, v.dir, nil)
+				volume := t.TempDir()
+				process.Mount(t, volume, files)
+				c := openCACerts(t, volume, nil)
 				if chain, _, err := c.Issuing(t.Context()); err != nil || len(chain) > 0 {
 					t.Fatalf("it brings %d certificates, %v", len(chain), err)
 				}
@@ -331,9 +303,9 @@ func TestBothLayoutsAndEveryFormOfAKeyAreRead(t *testing.T) {
 		"encrypted PKCS#8":       {map[string]string{"tls.crt": pemOf(lower, upper), "tls.key": sealedPEM(t, lower.key), "ca.crt": pemOf(root)}, phrase, 2, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			v := &volume{dir: t.TempDir()}
-			v.put(t, test.files)
-			c := openCACerts(t, v.dir, func(o *CACertsOptions) { o.PassphraseFile = test.passphrase })
+			volume := t.TempDir()
+			process.Mount(t, volume, test.files)
+			c := openCACerts(t, volume, func(o *CACertsOptions) { o.PassphraseFile = test.passphrase })
 			if err := c.Problem(); err != nil {
 				t.Fatal(err)
 			}
@@ -351,14 +323,14 @@ func TestBothLayoutsAndEveryFormOfAKeyAreRead(t *testing.T) {
 
 func TestAKeyThatOthersMayReadIsRefused(t *testing.T) {
 	root := newSomeCA(t, "Root", nil, nil)
-	v := &volume{dir: t.TempDir()}
-	v.put(t, cacerts(t, root, newSomeCA(t, "Intermediate", root, nil)))
-	key := filepath.Join(v.dir, "ca-key.pem")
+	volume := t.TempDir()
+	process.Mount(t, volume, cacerts(t, root, newSomeCA(t, "Intermediate", root, nil)))
+	key := filepath.Join(volume, "ca-key.pem")
 	for mode, bad := range map[os.FileMode]bool{0o644: true, 0o640: false, 0o440: false, 0o660: true} {
 		if err := os.Chmod(key, mode); err != nil {
 			t.Fatal(err)
 		}
-		err := openCACerts(t, v.dir, nil).Problem()
+		err := openCACerts(t, volume, nil).Problem()
 		if bad != (err != nil) || err != nil && !strings.Contains(err.Error(), "defaultMode 0400") {
 			t.Errorf("mode %#o: %v", mode, err)
 		}
@@ -389,9 +361,9 @@ func TestACRLThatIsNoGoodIsSaidAndStandsInNobodysWay(t *testing.T) {
 		"expired at":                     {crl(root, -time.Hour) + crl(good, time.Hour), ca.Expired},
 		"ca-crl.pem: it holds a PEM blo": {pemOf(root), ca.Unreadable},
 	} {
-		v := &volume{dir: t.TempDir()}
-		v.put(t, change(cacerts(t, root, good), "ca-crl.pem", test.text))
-		c := openCACerts(t, v.dir, nil)
+		volume := t.TempDir()
+		process.Mount(t, volume, change(cacerts(t, root, good), "ca-crl.pem", test.text))
+		c := openCACerts(t, volume, nil)
 		err := c.Problem()
 		if (want == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("want %q: %v", want, err)
@@ -408,16 +380,16 @@ func TestACRLThatIsNoGoodIsSaidAndStandsInNobodysWay(t *testing.T) {
 func TestARefusedSetIsLoggedOnceAndSoIsThatItIsGood(t *testing.T) {
 	root := newSomeCA(t, "Root", nil, nil)
 	good := newSomeCA(t, "Intermediate", root, nil)
-	v := &volume{dir: t.TempDir()}
-	v.put(t, cacerts(t, root, good))
+	volume := t.TempDir()
+	process.Mount(t, volume, cacerts(t, root, good))
 	var log safeBuffer
-	c := openCACerts(t, v.dir, func(o *CACertsOptions) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
-	v.put(t, change(cacerts(t, root, good), "ca-key.pem", ""))
+	c := openCACerts(t, volume, func(o *CACertsOptions) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	process.Mount(t, volume, change(cacerts(t, root, good), "ca-key.pem", ""))
 	settled(t, c.watch)
 	for range 3 {
 		c.watch.again()
 	}
-	v.put(t, cacerts(t, root, newSomeCA(t, "Next", root, nil)))
+	process.Mount(t, volume, cacerts(t, root, newSomeCA(t, "Next", root, nil)))
 	<-c.Changed()
 	text := log.String()
 	if strings.Count(text, "ca-key.pem is missing") != 1 || strings.Count(text, "files are good again") != 1 || strings.Contains(text, "PRIVATE KEY") {
@@ -430,11 +402,11 @@ func TestARefusedSetIsLoggedOnceAndSoIsThatItIsGood(t *testing.T) {
 func TestARefusedSetIsLookedIntoOnce(t *testing.T) {
 	root := newSomeCA(t, "Root", nil, nil)
 	young := newSomeCA(t, "Intermediate", root, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) })
-	v, phrase := &volume{dir: t.TempDir()}, writePassphrase(t, "wrong")
+	volume, phrase := t.TempDir(), writePassphrase(t, "wrong")
 	good := change(cacerts(t, root, young), "ca-key.pem", sealedPEM(t, young.key))
-	v.put(t, good)
+	process.Mount(t, volume, good)
 	var later atomic.Int64 // hours
-	c := openCACerts(t, v.dir, func(o *CACertsOptions) {
+	c := openCACerts(t, volume, func(o *CACertsOptions) {
 		o.PassphraseFile, o.PollInterval = phrase, time.Hour
 		o.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load()) * time.Hour) }
 	})
@@ -469,10 +441,10 @@ func TestARefusedSetIsLookedIntoOnce(t *testing.T) {
 		t.Error(err)
 	}
 	// A bad set that comes and goes leaves the one that counts as it was.
-	v.put(t, change(cacerts(t, root, young), "ca-key.pem", ""))
+	process.Mount(t, volume, change(cacerts(t, root, young), "ca-key.pem", ""))
 	looks("ca-key.pem is missing")
 	before = c.counts
-	v.put(t, good)
+	process.Mount(t, volume, good)
 	if n := looks(""); n != 1 || c.latest != before {
 		t.Errorf("what counts already was looked into %d times", n)
 	}

@@ -5,14 +5,10 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"math/big"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -21,12 +17,11 @@ import (
 	"kedge/test/process"
 )
 
-// secret is what istiod was given: a root, and intermediates under it. It is mounted as Kubernetes does it.
+// secret is what istiod was given: a root, and intermediates under it.
 type secret struct {
-	dir     string
-	root    *x509.Certificate
-	under   func(name string, end time.Time) (certificate, key string) // PEM
-	mounted int
+	dir   string
+	root  *x509.Certificate
+	under func(name string, end time.Time) (certificate, key string) // PEM
 }
 
 func newSecret(t *testing.T) *secret {
@@ -75,29 +70,6 @@ func (s *secret) set(certificate, key string) map[string]string {
 	return map[string]string{"ca-cert.pem": certificate, "ca-key.pem": key, "cert-chain.pem": certificate, "root-cert.pem": certificatePEM(s.root)}
 }
 
-// mount exchanges all files at once.
-func (s *secret) mount(t *testing.T, files map[string]string) {
-	t.Helper()
-	s.mounted++
-	version := fmt.Sprintf("..%d", s.mounted)
-	if err := os.Mkdir(filepath.Join(s.dir, version), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for name, text := range files {
-		process.Write(t, filepath.Join(s.dir, version, name), text)
-		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(s.dir, name)); err != nil && !errors.Is(err, fs.ErrExist) {
-			t.Fatal(err)
-		}
-	}
-	link := filepath.Join(s.dir, "..data")
-	if err := os.Symlink(version, link+"_tmp"); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(link+"_tmp", link); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // TestABadSecretIsNamedByLogMetricReadinessAndDoctorWhileTheOldOneSigns: a set that is incomplete, mismatched, expired or would outlive its issuer.
 func TestABadSecretIsNamedByLogMetricReadinessAndDoctorWhileTheOldOneSigns(t *testing.T) {
 	t.Parallel()
@@ -109,7 +81,7 @@ func TestABadSecretIsNamedByLogMetricReadinessAndDoctorWhileTheOldOneSigns(t *te
 	long, longKey := s.under("Long", s.root.NotAfter.Add(time.Hour))
 	keyless := s.set(other, otherKey)
 	delete(keyless, "ca-key.pem")
-	s.mount(t, s.set(first, key))
+	process.Mount(t, s.dir, s.set(first, key))
 	cluster := process.NewCluster(t)
 	k := newCA(t, cluster, fmt.Sprintf("root: {kind: cacerts, cacerts: {dir: %q}}\n", s.dir))
 	k.Start(t)
@@ -135,7 +107,7 @@ func TestABadSecretIsNamedByLogMetricReadinessAndDoctorWhileTheOldOneSigns(t *te
 		{s.set(old, oldKey), "ca-cert.pem", "expired", `ca-cert.pem: the certificate "CN=Old,O=Istio" expired at `},
 		{s.set(long, longKey), "ca-cert.pem", "outlives-issuer", `ca-cert.pem: the certificate "CN=Long,O=Istio" would outlive its issuer`},
 	} {
-		s.mount(t, test.files)
+		process.Mount(t, s.dir, test.files)
 		sample := fmt.Sprintf(`kedge_problem{about="root",file=%q,reason=%q}`, test.file, test.reason)
 		process.Eventually(t, sample, func() error {
 			if samples := problems(); len(samples) != 1 || samples[sample] != 1 {
@@ -156,7 +128,7 @@ func TestABadSecretIsNamedByLogMetricReadinessAndDoctorWhileTheOldOneSigns(t *te
 			t.Errorf("%q signs while %s", name, test.says)
 		}
 	}
-	s.mount(t, s.set(other, otherKey))
+	process.Mount(t, s.dir, s.set(other, otherKey))
 	process.Eventually(t, "the problem to be gone", func() error {
 		if samples := problems(); len(samples) > 0 {
 			return fmt.Errorf("there is %v", samples)
