@@ -281,11 +281,11 @@ func (t *turns) charge(l *line, took time.Duration) {
 	}
 }
 
-// pass lets the clock go on as if each peer had had its part of a turn: those who wait, and those who would still wait if they had not been served before
-// others. These count for no more than those who wait, so that ever new peers do not make it stand still.
+// pass lets the clock go on at half the pace of those who wait, so that ever new peers, who begin at the clock, do not make it stand still. When there are none the clock goes
+// with whose turn it is: see first. Were it ahead of all who always wait, as it was at their full pace after a few dear turns, somebody new would be behind all of them.
 func (t *turns) pass(took time.Duration) {
 	if n := len(t.queue); n > 0 {
-		t.clock += took / time.Duration(min(n+len(t.ahead), 2*n))
+		t.clock += took / time.Duration(2*n)
 	}
 	for len(t.ahead) > 0 && t.ahead[0].due <= t.clock-t.credit() { // it would begin anew all the same
 		delete(t.lines, heap.Pop(&t.ahead).(*line).peer)

@@ -164,6 +164,44 @@ func TestWhoAsksForLittleDoesNotWaitForAllTheOthers(t *testing.T) {
 	settled(t, turns, crowd*each+each-2+1)
 }
 
+// Also when some of those who go on asking have turns that take much longer than those of the others, so that these are behind what is theirs.
+func TestWhoAsksForLittleDoesNotWaitForThoseWhoAreBehind(t *testing.T) {
+	turns, out, had := busy(t)
+	turns.typical = time.Minute
+	const crowd, each = 64, 100
+	for i := range crowd * each {
+		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("192.0.2.%d", i%crowd)), out)
+	}
+	turns.give(had, false)
+	next, comers := <-out, 0
+	for n := range crowd * each / 2 {
+		took := time.Minute
+		if n%200 == 0 {
+			took = time.Hour
+		}
+		if n > 2*crowd && n%50 == 49 {
+			comers++
+			modest := peerNamed(fmt.Sprintf("203.0.113.%d", comers))
+			queued(t, turns, t.Context(), modest, out)
+			turns.spent(next.turn, took, true)
+			if next = <-out; next.peer != modest {
+				t.Fatalf("after %d turns it is %s that is next", n, next.peer)
+			}
+			took = time.Minute
+		}
+		turns.spent(next.turn, took, true)
+		next = <-out
+	}
+	n := crowd*each/2 + comers
+	for turns.length() > 0 {
+		turns.give(next.turn, false)
+		next = <-out
+		n++
+	}
+	turns.give(next.turn, false)
+	settled(t, turns, n+2)
+}
+
 // Nor do ever new peers keep those waiting who have had something before.
 func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 	turns, out, had := busy(t)
