@@ -7,8 +7,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/stats"
+	"google.golang.org/grpc/status"
 )
 
 // call is an RPC from its header on.
@@ -55,7 +57,7 @@ func (s calls) HandleRPC(ctx context.Context, event stats.RPCStats) {
 	case *stats.InPayload:
 		s.gate.arrived(c)
 	case *stats.End:
-		s.gate.ends(c)
+		s.gate.ends(c, status.Code(event.Error))
 		if event.Error != nil && !c.handled && c.work {
 			s.gate.metrics.Unread(event.EndTime.Sub(event.BeginTime))
 			s.gate.Tell("a call was refused before its request was read", event.Error, c.address)
@@ -110,7 +112,7 @@ func (g *Gate) arrives(c *call) {
 	}
 	g.mu.Unlock()
 	if slowest != nil {
-		g.hangUp(slowest, "too many requests are half sent, and this client's takes longest")
+		g.hangUp(slowest, ClosedSlow, "too many requests are half sent, and this client's takes longest")
 	}
 }
 
@@ -121,16 +123,28 @@ func (g *Gate) arrived(c *call) {
 	g.settle(c)
 }
 
-// ends notes the end of a call.
-func (g *Gate) ends(c *call) {
+// ends notes the end of a call. A client that makes one call after the other in vain, such as those that it takes back at once, loses its connection: to read
+// them costs what no turn counts.
+func (g *Gate) ends(c *call, code codes.Code) {
 	if c.conn == nil {
 		return
 	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.settle(c)
+	switch code {
+	case codes.OK:
+		c.conn.inVain = 0
+	case codes.Unavailable: // not by the client's fault
+	default:
+		c.conn.inVain++
+	}
 	if c.work {
 		g.release(c.conn)
+	}
+	enough := c.conn.inVain == mostInVain
+	g.mu.Unlock()
+	if enough {
+		g.hangUp(c.conn, ClosedInVain, "the client made one call after the other in vain: they were refused, or it took them back")
 	}
 }
 
@@ -152,7 +166,7 @@ func (g *Gate) watch() {
 			return
 		case now := <-ticker.C:
 			for _, c := range g.late(now) {
-				g.hangUp(c, "the client began a request and did not send the rest in time")
+				g.hangUp(c, ClosedSlow, "the client began a request and did not send the rest in time")
 			}
 		}
 	}
@@ -169,9 +183,9 @@ func (g *Gate) late(now time.Time) (all []*conn) {
 }
 
 // hangUp ends a connection over what its client does.
-func (g *Gate) hangUp(c *conn, why string) {
+func (g *Gate) hangUp(c *conn, reason, why string) {
 	if c.Close() == nil { // otherwise it has ended already
-		g.metrics.Refused(ClosedSlow)
+		g.metrics.Refused(reason)
 		g.Tell("a connection was ended", errorText(why), c.RemoteAddr())
 	}
 }

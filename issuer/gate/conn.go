@@ -24,6 +24,7 @@ type conn struct {
 
 	// Of the gate's lock.
 	calls         int  // that make it busy
+	inVain        int  // calls in a row that were refused, or taken back
 	called        bool // it had a call
 	closed        bool
 	inAll, inPeer *list.Element // while it is idle
@@ -78,7 +79,7 @@ func (c *conn) wait(into []byte) (int, error) {
 	return n, err
 }
 
-var errGone = errors.New("the client went away while it waited for its turn")
+var errGone = errors.New("the client went away before its turn")
 
 // take waits for a turn: a handshake that has begun goes on before others begin.
 func (c *conn) take() error {
@@ -178,6 +179,9 @@ func (h handshakes) shake(c *conn) (net.Conn, credentials.AuthInfo, error) {
 	n, err := c.wait(buffer)
 	if err != nil {
 		return nil, nil, fmt.Errorf("waiting for the client's first octet: %w", err)
+	}
+	if c.gone() {
+		return nil, nil, errGone
 	}
 	if err := c.take(); err != nil {
 		c.shaken()

@@ -35,10 +35,11 @@ type Metrics interface {
 
 // The reasons of refusals, as they are counted.
 const (
-	RefusedConnection = "connection"  // its peer has more than its share
-	RefusedCall       = "call"        // too many wait
-	ClosedIdle        = "idle-closed" // a connection that was idle made room for a new one
-	ClosedSlow        = "slow-closed" // a connection whose client did not send the rest of a request
+	RefusedConnection = "connection"     // its peer has more than its share
+	RefusedCall       = "call"           // too many wait
+	ClosedIdle        = "idle-closed"    // a connection that was idle made room for a new one
+	ClosedSlow        = "slow-closed"    // a connection whose client did not send the rest of a request
+	ClosedInVain      = "in-vain-closed" // a connection of which one call after the other was refused or taken back
 )
 
 const (
@@ -54,6 +55,8 @@ const (
 	peersShaking = 4096
 	// mostArriving is how many requests may be half sent, so that a flood of them takes a bounded part of the memory.
 	mostArriving = 2048
+	// mostInVain is how many calls in a row may be refused, or taken back, on one connection. Who means well and is refused for so long only makes a new one.
+	mostInVain = 100
 )
 
 // Gate is a port's. Its methods may be called at once from several goroutines.

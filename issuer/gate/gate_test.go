@@ -394,7 +394,7 @@ func TestWhoWasServedMakesRoomBeforeWhoWasNot(t *testing.T) {
 				}
 				c := &call{conn: served, work: kind}
 				g.arrives(c)
-				g.ends(c)
+				g.ends(c, codes.OK)
 				victim, admitted, err := g.place(&conn{gate: g, key: all[0].key})
 				if victim != served || !admitted || err != nil {
 					t.Fatalf("a newcomer takes the place of %v, %t, %v; want that of the one that was served", victim, admitted, err)
@@ -557,6 +557,43 @@ func TestAHalfSentRequestIsEnded(t *testing.T) {
 	p.log.await(t, "the client began a request and did not send the rest in time")
 	if p.count(ClosedSlow) == 0 {
 		t.Error("nothing was counted")
+	}
+}
+
+// Who takes back one call after the other, or is refused, makes others wait without ever having a turn.
+func TestWhoMakesCallsInVainWithoutEndLosesItsConnection(t *testing.T) {
+	t.Parallel()
+	p := newPort(t, Options{})
+	conn := p.client(t, "127.0.0.1")
+	all := 0
+	take := func(n int) {
+		for range n {
+			ctx, cancel := context.WithCancel(t.Context())
+			stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, grpc_health_v1.Health_Check_FullMethodName)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cancel()
+			if err := stream.RecvMsg(&grpc_health_v1.HealthCheckResponse{}); status.Code(err) != codes.Canceled {
+				t.Fatalf("the client is told %v", err)
+			}
+		}
+		all += n
+		for p.count("unread") < all {
+			runtime.Gosched()
+		}
+	}
+	take(mostInVain - 1)
+	if _, err := grpc_health_v1.NewHealthClient(conn).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	take(mostInVain - 1)
+	if n := p.count(ClosedInVain); n != 0 {
+		t.Errorf("%d connections were ended of a client that has its call answered in between", n)
+	}
+	take(1)
+	for p.count(ClosedInVain) == 0 {
+		runtime.Gosched()
 	}
 }
 

@@ -55,7 +55,7 @@ func New(registry prometheus.Registerer) *Metrics {
 		issued:        vector("kedge_certificates_issued_total", "SVIDs handed out, by profile and by how the caller proved itself.", "profile", "method"),
 		clamped:       counter("kedge_ttl_clamped_total", "SVIDs that were given the profile's maximum TTL because more was asked for."),
 		waited:        histogram("kedge_csr_wait_seconds", "Time that calls of the CSR API waited for their turn.", seconds),
-		refused:       vector("kedge_refused_total", "What was refused at the gate: connection, call; idle-closed: an idle connection that made room for a new one; slow-closed: one whose client did not send the rest of a request.", "reason"),
+		refused:       vector("kedge_refused_total", "What was refused at the gate: connection, call; idle-closed: an idle connection that made room for a new one; slow-closed: one whose client did not send the rest of a request; in-vain-closed: one of which a hundred calls in a row were refused or taken back.", "reason"),
 		handshakes:    vector("kedge_handshakes_total", "TLS handshakes on the CSR API's port, by how they ended: good, failed.", "result"),
 		commitSeconds: histogram("kedge_ledger_commit_duration_seconds", "Time of one ledger commit, until it is durable.", seconds),
 		commitEvents:  histogram("kedge_ledger_commit_events", "Events in one ledger commit.", prometheus.ExponentialBuckets(1, 2, 10)),
@@ -67,7 +67,7 @@ func New(registry prometheus.Registerer) *Metrics {
 		success:       counter("citadel_server_success_cert_issuance_count", "The number of certificates issuances that have succeeded."),
 	}
 	// What can be counted is there from the start, at 0, so that a rate of it can be told.
-	for _, reason := range []string{gate.RefusedConnection, gate.RefusedCall, gate.ClosedIdle, gate.ClosedSlow} {
+	for _, reason := range []string{gate.RefusedConnection, gate.RefusedCall, gate.ClosedIdle, gate.ClosedSlow, gate.ClosedInVain} {
 		m.refused.WithLabelValues(reason)
 	}
 	for _, result := range []string{handshakeGood, handshakeFailed} {
