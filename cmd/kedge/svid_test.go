@@ -33,6 +33,7 @@ import (
 	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/ca/atomicfile"
+	"kedge/issuer/istio"
 	"kedge/test/process"
 )
 
@@ -47,7 +48,7 @@ func tokenFile(t *testing.T, k *process.Kedge) string {
 // checkPair makes sure that a folder has an SVID that programs can use.
 func checkPair(t *testing.T, dir string) {
 	t.Helper()
-	if _, err := tls.LoadX509KeyPair(filepath.Join(dir, chainFile), filepath.Join(dir, keyFile)); err != nil {
+	if _, err := tls.LoadX509KeyPair(filepath.Join(dir, istio.ChainFile), filepath.Join(dir, istio.KeyFile)); err != nil {
 		t.Error(err)
 	}
 }
@@ -91,7 +92,7 @@ func TestFetchWaitsForACAThatIsNotThereYet(t *testing.T) {
 	local := launch(t, nil, "svid", "fetch", "--config", k.Config, "--token-file", localToken, "--out", localOut, "--timeout", "10m")
 	elsewhere.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): ")
 	local.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): no CA is running there")
-	if _, err := os.Stat(filepath.Join(out, keyFile)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(filepath.Join(out, istio.KeyFile)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("there is a key before there is a CA: %v", err)
 	}
 	k.Start(t)
@@ -168,7 +169,7 @@ func TestFetchRepeatsWhatMayPassAndNothingElse(t *testing.T) {
 			if !strings.Contains(said, "kedge: the CA at "+address+" gave no SVID: ") || !strings.Contains(said, "as the test wants it") {
 				t.Errorf("it does not say why: %s", said)
 			}
-			if _, err := os.Stat(filepath.Join(out, keyFile)); !errors.Is(err, os.ErrNotExist) {
+			if _, err := os.Stat(filepath.Join(out, istio.KeyFile)); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("there is a key without a certificate: %v", err)
 			}
 		})
@@ -359,7 +360,7 @@ func TestFetchReplacesNothingByAnSVIDThatItsBundleDoesNotBearOut(t *testing.T) {
 	}
 	soon := time.Now().Add(30 * time.Minute)
 	fetch(inPEM(root.Raw), soon.Add(time.Hour), 0) // it begins later: a machine's clock may be late
-	before, err := atomicfile.ReadSet(out, chainFile, keyFile, rootFile)
+	before, err := atomicfile.ReadSet(out, istio.ChainFile, istio.KeyFile, istio.RootFile)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -373,10 +374,10 @@ func TestFetchReplacesNothingByAnSVIDThatItsBundleDoesNotBearOut(t *testing.T) {
 		{inPEM(root.Raw), time.Now().Add(-time.Minute), "certificate has expired or is not yet valid"},
 	} {
 		said := fetch(c.bundle, c.end, 1)
-		if !strings.Contains(said, "does not verify under the trust bundle that it sent along (") || !strings.Contains(said, c.reason) || !strings.Contains(said, "): it is not used, and "+out+" is as it was. ") {
+		if !strings.Contains(said, " sent is not used, and "+out+" is as it was: it does not verify under the trust bundle that came with it (") || !strings.Contains(said, c.reason) {
 			t.Errorf("it says %s", said)
 		}
-		after, err := atomicfile.ReadSet(out, chainFile, keyFile, rootFile)
+		after, err := atomicfile.ReadSet(out, istio.ChainFile, istio.KeyFile, istio.RootFile)
 		if err != nil || !maps.EqualFunc(before, after, bytes.Equal) {
 			t.Errorf("%s: the files have changed (%v)", c.reason, err)
 		}
