@@ -25,6 +25,9 @@ type Bundle struct {
 // Record returns the bundle as the ledger has it.
 func (b *Bundle) Record() ledger.BundleRecord { return b.record }
 
+// Incarnation is that of the store that numbered the bundle. A restore begins a new one: the sequence numbers of two incarnations cannot be compared.
+func (b *Bundle) Incarnation() ledger.Hash { return b.record.Incarnation }
+
 // refreshHint is how often a client of the bundle document should ask again (SPIFFE Trust Domain and Bundle 4.1.4).
 const refreshHint = 300 // seconds
 

@@ -61,6 +61,7 @@ type CA struct {
 
 	change    chan struct{} // holds one element while authorities change: see lock
 	unsigned  atomic.Bool   // the active key did not sign when it was asked last
+	acks      chan struct{} // holds an element for each acknowledgement that is under way in the ledger
 	failing   chan struct{} // holds one element since it did not, until Run looks at it
 	problems  problems
 	destroyed map[ledger.Hash]bool // removed authorities whose keys are gone for certain; used by one goroutine
@@ -87,7 +88,7 @@ func Open(ctx context.Context, o Options) (*CA, error) {
 		keys: o.Keys, profiles: o.Profiles,
 		issuingLifetime: o.IssuingLifetime, issuingKey: o.IssuingKey, otherIssuers: o.OtherIssuers,
 		now: o.Clock.Wall, guarded: o.Guarded, log: o.Logger,
-		problems: problems{said: map[string]error{}}, change: make(chan struct{}, 1), failing: make(chan struct{}, 1), destroyed: map[ledger.Hash]bool{},
+		problems: problems{said: map[string]error{}}, change: make(chan struct{}, 1), acks: make(chan struct{}, maxAcks), failing: make(chan struct{}, 1), destroyed: map[ledger.Hash]bool{},
 	}
 	c.clients = NewClientCertificates(o.TrustDomain, o.Ledger, o.Clock.Wall)
 	first := o.Ledger.Head().Number == 0
@@ -208,6 +209,10 @@ func (c *CA) Guarded() *GuardedClock { return c.guarded }
 
 // Bundle is the trust bundle of now.
 func (c *CA) Bundle() *Bundle { return c.trust.Load().bundle }
+
+// Floor is the sequence number of the oldest trust bundle that may still be handed out or pushed. It rises the moment that a bundle which raises it is
+// durable, so that it may be ahead of Bundle for a moment. It is answered from memory.
+func (c *CA) Floor() uint64 { return c.ledger.Floor() }
 
 // Changed is closed when an authority or the bundle has changed. Ask for it before looking at what may change.
 func (c *CA) Changed() <-chan struct{} { return c.trust.Load().changed }

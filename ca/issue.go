@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"strings"
@@ -99,7 +100,7 @@ func (c *CA) Grant(caller Caller, profile string) (*Granted, error) {
 	return &Granted{ca: c, caller: caller, profile: p}, nil
 }
 
-// Requested is a granted identity with the public key that it is for. It comes from ReadCSR only.
+// Requested is a granted identity with the public key that it is for. It comes from ReadCSR and ForKey only.
 type Requested struct {
 	granted *Granted
 	pub     crypto.PublicKey
@@ -111,6 +112,19 @@ func (g *Granted) ReadCSR(pem []byte) (*Requested, error) {
 	pub, spki, err := parseCSR(pem, g.profile.AllowsKey)
 	if err != nil {
 		return nil, err
+	}
+	return &Requested{granted: g, pub: pub, spki: spki}, nil
+}
+
+// ForKey takes a key that this CA made for the caller, as for an SDS stream: possession is known, so that there is no CSR. The profile judges it as it
+// does the key of a CSR. One that it does not allow is ErrDenied: no caller can do anything about it.
+func (g *Granted) ForKey(pub crypto.PublicKey) (*Requested, error) {
+	if err := g.profile.AllowsKey(pub); err != nil {
+		return nil, Denied(fmt.Errorf("the key that this CA makes is not allowed: %v", err)) // %v: of one kind only
+	}
+	spki, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return nil, fmt.Errorf("the key that this CA made cannot be encoded: %w", err) // a defect, so of no kind
 	}
 	return &Requested{granted: g, pub: pub, spki: spki}, nil
 }

@@ -31,7 +31,8 @@ type batch struct {
 	revoked     []Serial // added
 	forgotten   [][]byte // revocations that were dropped
 	superseded  []superseded
-	leap        bool // the next bundle may leap: it is a restore's
+	floor       uint64 // that a bundle set; 0: none did
+	leap        bool   // the next bundle may leap: it is a restore's
 }
 
 // superseded is a redemption of a spent token, for the log.
@@ -313,6 +314,9 @@ func (b *batch) confirm(event *Confirm) error {
 	if issue == nil || string(issue.Serial) != string(event.Serial) {
 		return fmt.Errorf("confirming the certificate with serial %s of event %d: %w", event.Serial, event.Number, ErrNotFound)
 	}
+	if event.Bundle != 0 && b.table(bucketBundles).Get(number(event.Bundle)) == nil {
+		return fmt.Errorf("confirming that the holder of the certificate of event %d has trust bundle %d: %w", event.Number, event.Bundle, ErrNotFound)
+	}
 	settled := b.table(bucketSettled)
 	key := number(event.Number)
 	switch state := decodeSettled(settled.Get(key)); {
@@ -497,6 +501,7 @@ func (b *batch) bundle(event *Bundle) error {
 	if err := b.putRow(bucketBundles, number(event.Sequence), bundleRow{Bundle: filled, Time: b.now, Number: n}); err != nil {
 		return err
 	}
+	b.floor = event.Floor
 	return b.put(b.domain(), keyFloor, number(event.Floor))
 }
 

@@ -215,6 +215,7 @@ type Confirm struct {
 	How    string `cbor:"3,keyasint" json:"how"` // client-certificate, sds-ack
 	// Retires is filled in by the ledger: the number of the issue that no longer counts, 0 for none.
 	Retires uint64 `cbor:"4,keyasint,omitempty" json:"retires,omitempty"`
+	Bundle  uint64 `cbor:"5,keyasint,omitempty" json:"bundle,omitempty"` // sequence number of the trust bundle that the holder has from now on; 0: nothing is said of it
 }
 
 // State of an authority. The ways are prepared → active → retired → removed, and prepared → removed; and back, for one that is not tainted: retired →

@@ -165,7 +165,7 @@ func (l *Ledger) recover() error {
 	// Only now is it certain that what was read is on the disk.
 	l.mu.Lock()
 	before := l.head
-	l.head, l.revoked = s.head, s.revoked
+	l.head, l.floor, l.revoked = s.head, s.floor, s.revoked
 	l.mu.Unlock()
 	if s.head.Number > before.Number {
 		l.o.Logger.Warn("a commit that failed had reached the disk after all: its events are kept",

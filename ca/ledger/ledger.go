@@ -68,6 +68,7 @@ type Ledger struct {
 
 	mu      sync.RWMutex // of what memory has of the file
 	head    Head
+	floor   uint64
 	revoked map[string]struct{}
 
 	maintenance chan struct{} // held by Prune and Verify: the front of the log does not move under them
@@ -115,7 +116,7 @@ func Open(dir string, o Options) (*Ledger, error) {
 	if err != nil {
 		return nil, errors.Join(damage(l.path, err), l.db.Close())
 	}
-	l.head, l.revoked = s.head, s.revoked
+	l.head, l.floor, l.revoked = s.head, s.floor, s.revoked
 	go l.write()
 	return l, nil
 }

@@ -314,6 +314,7 @@ func dropCache(path string) error {
 // state is what the ledger keeps in memory of its file.
 type state struct {
 	head    Head
+	floor   uint64
 	revoked map[string]struct{}
 }
 
@@ -342,6 +343,7 @@ func loadState(tx *bolt.Tx, trustDomain string) (s state, err error) {
 	if err := verifyHead(tx, s.head); err != nil {
 		return s, err
 	}
+	s.floor = toNumber(domain.Get(keyFloor))
 	s.revoked = map[string]struct{}{}
 	err = domain.Bucket(bucketRevoked).ForEach(func(serial, _ []byte) error {
 		s.revoked[string(serial)] = struct{}{}

@@ -273,6 +273,9 @@ func (l *Ledger) adopt(b *batch) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.head = b.head
+	if b.floor != 0 {
+		l.floor = b.floor
+	}
 	for _, serial := range b.revoked {
 		l.revoked[string(serial)] = struct{}{}
 	}

@@ -170,13 +170,8 @@ func (s *Server) bundle() (*Bundle, error) {
 	if err != nil {
 		return nil, fmt.Errorf("rendering the bundle document: %w", err)
 	}
-	floor, err := s.CA.Ledger().Floor()
-	if err != nil {
-		return nil, err
-	}
-	record := b.Record()
-	answer := &Bundle{TrustDomain: s.CA.TrustDomain().Name(), Sequence: b.Sequence, Incarnation: record.Incarnation, SHA256: b.SHA256, Floor: floor,
-		Since: record.Time.Time(), PEM: b.PEM, SPIFFE: string(document)}
+	answer := &Bundle{TrustDomain: s.CA.TrustDomain().Name(), Sequence: b.Sequence, Incarnation: b.Incarnation(), SHA256: b.SHA256, Floor: s.CA.Floor(),
+		Since: b.Record().Time.Time(), PEM: b.PEM, SPIFFE: string(document)}
 	for _, root := range b.Roots {
 		answer.Roots = append(answer.Roots, ca.AuthorityID(root))
 	}

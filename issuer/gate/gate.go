@@ -13,6 +13,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"kedge/issuer/sparing"
 )
 
 // Options are the limits. Zero means the default.
@@ -64,7 +66,7 @@ type Gate struct {
 	work        func(method string) bool
 	log         *slog.Logger
 	metrics     Metrics
-	sparing     sparing
+	sparing     sparing.Lines
 
 	handshakes *turns
 	calls      *turns
@@ -221,7 +223,7 @@ func (g *Gate) Counts() Counts {
 
 // Tell logs that a caller was refused before any door saw its call. Everybody who reaches the port can cause such lines, so they are few: see sparing.
 func (g *Gate) Tell(what string, err error, address net.Addr) {
-	passedOver, tell := g.sparing.tell(time.Now())
+	passedOver, tell := g.sparing.Tell(time.Now())
 	if !tell {
 		return
 	}
