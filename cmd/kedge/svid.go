@@ -138,16 +138,15 @@ func (f *fetch) run(ctx context.Context, t *target, out, log io.Writer) error {
 		return err
 	}
 	defer client.Close()
-	var chain []string
-	var bundle string
+	var signed *istio.Signed
 	err = f.persist(ctx, log, func(ctx context.Context) (again bool, err error) {
-		chain, bundle, err = client.Sign(ctx, csr, token, f.ttl.Std())
+		signed, err = client.Sign(ctx, csr, token, f.ttl.Std())
 		return istio.Retryable(err), f.explain(err)
 	})
 	if err != nil {
 		return fmt.Errorf("the CA at %s gave no SVID: %w", f.server, err)
 	}
-	return f.write(out, key, strings.Join(chain, ""), bundle)
+	return f.write(out, key, strings.Join(signed.Chain, ""), signed.Bundle)
 }
 
 // askHere asks the CA on this machine for what was not given.

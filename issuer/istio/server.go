@@ -84,6 +84,8 @@ func (s *Server) CreateCertificate(ctx context.Context, request *pb.IstioCertifi
 		attrs = append(attrs, slog.String("clamped_from", ca.DurationText(issued.ClampedFrom)))
 	}
 	s.Log.LogAttrs(ctx, slog.LevelInfo, "certificate issued", attrs...)
+	number := BundleNumber{issued.Bundle.Record().Incarnation.String(), issued.Bundle.Sequence}
+	_ = grpc.SetHeader(ctx, metadata.Pairs(bundleHeader, number.String())) // as above
 	return &pb.IstioCertificateResponse{CertChain: append(issued.Chain, issued.Bundle.PEM)}, nil
 }
 
