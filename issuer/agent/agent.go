@@ -79,7 +79,7 @@ func New(o Options) (*Agent, error) {
 		a.identities = append(a.identities, i)
 		d, err := openDoor(i, w.Sockets)
 		if err != nil {
-			a.close()
+			a.Close()
 			return nil, fmt.Errorf("workload %q: %w", w.Name, err)
 		}
 		a.doors = append(a.doors, d)
@@ -92,6 +92,7 @@ func New(o Options) (*Agent, error) {
 
 // Run serves until ctx ends, or a socket fails.
 func (a *Agent) Run(ctx context.Context) error {
+	told := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var running sync.WaitGroup
@@ -110,12 +111,12 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 	}
 	<-ctx.Done()
-	a.close()
+	a.Close()
 	running.Wait()
-	if cause := context.Cause(ctx); cause != ctx.Err() {
-		return cause
+	if told.Err() != nil {
+		return nil
 	}
-	return nil
+	return context.Cause(ctx)
 }
 
 // Ready says which workload has no SVID now, and why; nil: all have theirs.
@@ -137,7 +138,8 @@ func (a *Agent) Problems() []ca.Problem {
 	return all
 }
 
-func (a *Agent) close() {
+// Close closes the sockets of an agent. Run does so at its end.
+func (a *Agent) Close() {
 	for _, d := range a.doors {
 		d.close()
 	}
