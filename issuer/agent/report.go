@@ -44,7 +44,7 @@ func (i *identity) report(ctx context.Context) {
 		now, changed := i.materials()
 		var again <-chan time.Time
 		if now.SVID != nil {
-			lived, err := i.stream(ctx, now.SVID, &has)
+			lived, err := i.stream(ctx, now.SVID, &has, holdBack)
 			if lived {
 				wait.reset()
 			}
@@ -75,7 +75,7 @@ func (i *identity) report(ctx context.Context) {
 }
 
 // stream is one stream, until it ends. lived says whether it came to anything.
-func (i *identity) stream(ctx context.Context, svid *sds.SVID, has *acknowledged) (lived bool, err error) {
+func (i *identity) stream(ctx context.Context, svid *sds.SVID, has *acknowledged, holdBack time.Duration) (lived bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go i.awaitOther(ctx, svid, func() { cancel(errReplaced) })
