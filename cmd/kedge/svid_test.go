@@ -10,7 +10,6 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
-	"io"
 	"maps"
 	"math/big"
 	"net"
@@ -20,7 +19,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -61,34 +59,9 @@ func TestFetchWaitsForACAThatIsNotThereYet(t *testing.T) {
 	process.Write(t, root, process.Read(t, k.Status(t).RootFile))
 	k.Stop(t)
 
-	// What stands before the CA hangs up for as long as there is none. So no port has to be kept free for it.
-	front, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var behind atomic.Pointer[string]
-	var connections sync.WaitGroup
-	connections.Go(func() {
-		for {
-			client, err := front.Accept()
-			if err != nil {
-				return // it is closed
-			}
-			address := behind.Load()
-			if address == nil {
-				_ = client.Close() // the client notices, whatever comes of it
-				continue
-			}
-			connections.Go(func() { forward(client, *address) })
-		}
-	})
-	t.Cleanup(func() {
-		_ = front.Close() // ends the loop
-		connections.Wait()
-	})
-
+	front := newFront(t)
 	out, localOut := filepath.Join(t.TempDir(), "svid"), filepath.Join(t.TempDir(), "svid")
-	elsewhere := launch(t, nil, "svid", "fetch", "--server", front.Addr().String(), "--root", root, "--token-file", token, "--out", out, "--timeout", "10m")
+	elsewhere := launch(t, nil, "svid", "fetch", "--server", front.address, "--root", root, "--token-file", token, "--out", out, "--timeout", "10m")
 	local := launch(t, nil, "svid", "fetch", "--config", k.Config, "--token-file", localToken, "--out", localOut, "--timeout", "10m")
 	elsewhere.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): ")
 	local.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): no CA is running there")
@@ -96,27 +69,11 @@ func TestFetchWaitsForACAThatIsNotThereYet(t *testing.T) {
 		t.Errorf("there is a key before there is a CA: %v", err)
 	}
 	k.Start(t)
-	address := k.Status(t).CSRAddress
-	behind.Store(&address)
+	front.lead(k.Status(t).CSRAddress)
 	elsewhere.wait(t, 0)
 	local.wait(t, 0)
 	checkPair(t, out)
 	checkPair(t, localOut)
-}
-
-// forward connects two ends until one of them hangs up.
-func forward(client net.Conn, address string) {
-	defer client.Close()
-	server, err := net.Dial("tcp", address)
-	if err != nil {
-		return // the client sees its connection end
-	}
-	defer server.Close()
-	go func() {
-		_, _ = io.Copy(server, client)
-		_ = server.Close()
-	}()
-	_, _ = io.Copy(client, server)
 }
 
 // scripted is a CSR API that answers each call with the next code, the last one over and over.
