@@ -179,6 +179,23 @@ func (b *batch) holding(key holdingKey) (holdingRow, error) {
 	return row, err
 }
 
+// countUp counts one more certificate in a row.
+func (b *batch) countUp(key holdingKey, notAfter Time) error {
+	row, err := b.holding(key)
+	row.count++
+	row.latest = max(row.latest, notAfter)
+	b.holdings[key] = row
+	return err
+}
+
+// countDown counts one less. The row has one.
+func (b *batch) countDown(key holdingKey) error {
+	row, err := b.holding(key)
+	row.count--
+	b.holdings[key] = row
+	return err
+}
+
 func (b *batch) issue(event *Issue, encoded []byte) error {
 	authority, err := b.lookup(event.Authority)
 	switch {
@@ -198,14 +215,9 @@ func (b *batch) issue(event *Issue, encoded []byte) error {
 	if event.Bundle < floor {
 		return fmt.Errorf("issuing with trust bundle %d, where the floor is %d: %w", event.Bundle, floor, ErrBelowFloor)
 	}
-	key := holdingOf(event)
-	holding, err := b.holding(key)
-	if err != nil {
-		return err
-	}
 	var token tokenRow
 	filled := *event
-	filled.Supersedes = 0
+	filled.Supersedes, filled.Held = 0, 0
 	if event.Token != "" {
 		if token, err = b.redeemable(event.Token); err != nil {
 			return err
@@ -225,7 +237,20 @@ func (b *batch) issue(event *Issue, encoded []byte) error {
 	} else if revoked {
 		return fmt.Errorf("renewing the certificate of event %d: %w", event.Replaces, ErrRevoked)
 	}
-	if filled.Supersedes != event.Supersedes {
+	if filled.Delivery == DeliverySDS {
+		before, state, err := b.predecessor(&filled, b.head.Number+1)
+		if err != nil {
+			return err
+		}
+		if before != nil {
+			filled.Held = holdingOf(before, state.Bundle).bundle
+		}
+	}
+	key := holdingOf(&filled, 0)
+	if _, err := b.holding(key); err != nil {
+		return err
+	}
+	if filled.Supersedes != event.Supersedes || filled.Held != event.Held {
 		if encoded, err = b.reencode(&filled); err != nil {
 			return err
 		}
@@ -235,15 +260,15 @@ func (b *batch) issue(event *Issue, encoded []byte) error {
 	if err != nil {
 		return err
 	}
-	holding.count++
-	holding.latest = max(holding.latest, event.NotAfter)
-	b.holdings[key] = holding
+	if err := b.countUp(key, event.NotAfter); err != nil {
+		return err
+	}
 	if event.Token == "" {
 		return nil
 	}
 	if filled.Supersedes != 0 {
 		b.superseded = append(b.superseded, superseded{event.Token, event.SPIFFEID, n, filled.Supersedes})
-		if err := b.settle(b.table(bucketSettled), filled.Supersedes, settledSuperseded); err != nil {
+		if err := b.settle(filled.Supersedes, func(s *IssueState) { s.Superseded = true }); err != nil {
 			return err
 		}
 	}
@@ -278,7 +303,7 @@ func (b *batch) redeemable(id string) (row tokenRow, err error) {
 		return row, fmt.Errorf("join token %q was redeemed %d times: %w", id, row.Redeemed, ErrTokenSpent)
 	case b.now > row.First+redemptionWindow:
 		return row, fmt.Errorf("join token %q was redeemed at %s, more than five minutes ago: %w", id, row.First, ErrTokenSpent)
-	case decodeSettled(b.table(bucketSettled).Get(number(row.Last))).Confirmed: // all before it are superseded, so that none of them can be
+	case b.settled(row.Last).Confirmed: // all before it are superseded, so that none of them can be
 		return row, fmt.Errorf("join token %q was redeemed, and its holder has the certificate (event %d): %w", id, row.Last, ErrTokenSpent)
 	}
 	revoked, err := b.revokedIssue(row.Last)
@@ -317,26 +342,35 @@ func (b *batch) confirm(event *Confirm) error {
 	if event.Bundle != 0 && b.table(bucketBundles).Get(number(event.Bundle)) == nil {
 		return fmt.Errorf("confirming that the holder of the certificate of event %d has trust bundle %d: %w", event.Number, event.Bundle, ErrNotFound)
 	}
-	settled := b.table(bucketSettled)
-	key := number(event.Number)
-	switch state := decodeSettled(settled.Get(key)); {
-	case state.Confirmed:
-		return fmt.Errorf("confirming the certificate of event %d: %w", event.Number, ErrAlready)
+	state := b.settled(event.Number)
+	from, to := holdingOf(issue, state.Bundle), holdingOf(issue, event.Bundle)
+	newer := event.Bundle > from.bundle
+	switch {
 	case state.Superseded:
 		return fmt.Errorf("confirming the certificate of event %d, whose join token %q was redeemed again: %w", event.Number, issue.Token, ErrSuperseded)
+	case event.Bundle != 0 && (event.Bundle < from.bundle || state.Confirmed && !newer):
+		return fmt.Errorf("confirming that the holder of the certificate of event %d has trust bundle %d, where it counts under %d: %w",
+			event.Number, event.Bundle, from.bundle, ErrAlready)
+	case state.Confirmed && !newer:
+		return fmt.Errorf("confirming the certificate of event %d: %w", event.Number, ErrAlready)
 	}
-	confirmed := *event
-	retired, err := b.retired(issue, event.Number)
-	if err != nil {
-		return err
-	}
-	var row holdingRow
-	confirmed.Retires = 0
-	if retired != nil {
-		if row, err = b.holding(holdingOf(retired)); err != nil {
+	moves := newer && !state.Retired
+	if moves {
+		row, err := b.holding(from)
+		if err != nil {
 			return err
 		}
-		if row.count > 0 { // 0: Prune dropped the row, since its hour is past
+		moves = row.count > 0 // 0: Prune dropped the row, since its hour is past
+	}
+	confirmed := *event
+	confirmed.Retires = 0
+	var retires holdingKey
+	if !state.Confirmed {
+		var found bool
+		if retires, found, err = b.retires(issue, event.Number); err != nil {
+			return err
+		}
+		if found {
 			confirmed.Retires = issue.Replaces
 		}
 	}
@@ -348,32 +382,59 @@ func (b *batch) confirm(event *Confirm) error {
 	if _, err := b.store(TypeConfirm, encoded); err != nil {
 		return err
 	}
-	if err := b.settle(settled, event.Number, settledConfirmed); err != nil || confirmed.Retires == 0 {
+	if moves {
+		if err := errors.Join(b.countDown(from), b.countUp(to, issue.NotAfter)); err != nil {
+			return err
+		}
+	}
+	err = b.settle(event.Number, func(s *IssueState) {
+		s.Confirmed = true
+		if newer {
+			s.Bundle = event.Bundle
+		}
+	})
+	if err != nil || confirmed.Retires == 0 {
 		return err
 	}
-	row.count--
-	b.holdings[holdingOf(retired)] = row
-	return b.settle(settled, confirmed.Retires, settledRetired)
+	if err := b.countDown(retires); err != nil {
+		return err
+	}
+	return b.settle(confirmed.Retires, func(s *IssueState) { s.Retired = true })
 }
 
-// retired finds the issue that no longer counts once its successor, issue n, is confirmed: the one that it replaces, if that is
-// for the same name, unexpired, and not retired yet. It is nil when there is none. One that was superseded goes on counting: the confirmation tells
-// nothing of who has it.
-func (b *batch) retired(successor *Issue, n uint64) (*Issue, error) {
+// retires finds the row in which the certificate counts that no longer does once its successor, issue n, is confirmed: the one that it replaces, if that
+// is unexpired and not retired yet. found is false when there is none.
+func (b *batch) retires(successor *Issue, n uint64) (key holdingKey, found bool, err error) {
+	issue, state, err := b.predecessor(successor, n)
+	if err != nil || issue == nil || state.Retired || issue.NotAfter <= b.now {
+		return key, false, err
+	}
+	key = holdingOf(issue, state.Bundle)
+	row, err := b.holding(key)
+	return key, row.count > 0, err // 0: Prune dropped the row, since its hour is past
+}
+
+// predecessor finds the issue that another one, issue n, replaces, and what became of it, if one holder has both: they are for the same name, and went out in the same
+// way, by SDS to the same Holder. It is nil when there is none. Of one that was superseded nobody knows who has it.
+func (b *batch) predecessor(successor *Issue, n uint64) (*Issue, IssueState, error) {
 	if successor.Replaces == 0 || successor.Replaces >= n {
-		return nil, nil
+		return nil, IssueState{}, nil
 	}
 	issue, err := b.findIssue(successor.Replaces)
-	if err != nil || issue == nil {
-		return nil, err
+	if err != nil || issue == nil || !follows(successor, issue) {
+		return nil, IssueState{}, err
 	}
-	if issue.SPIFFEID != successor.SPIFFEID || !slices.Equal(issue.Names, successor.Names) || issue.NotAfter <= b.now {
-		return nil, nil
+	state := b.settled(successor.Replaces)
+	if state.Superseded {
+		return nil, IssueState{}, nil
 	}
-	if state := decodeSettled(b.table(bucketSettled).Get(number(successor.Replaces))); state.Retired || state.Superseded {
-		return nil, nil
-	}
-	return issue, nil
+	return issue, state, nil
+}
+
+// follows says whether one holder has both certificates, of which the first replaces the second. It does not where the second is superseded by that.
+func follows(successor, issue *Issue) bool {
+	return successor.Supersedes != successor.Replaces && issue.SPIFFEID == successor.SPIFFEID && slices.Equal(issue.Names, successor.Names) && issue.Delivery == successor.Delivery &&
+		(issue.Delivery != DeliverySDS || issue.Holder == successor.Holder)
 }
 
 // findIssue returns the issue event n, nil when the log has no such issue.
@@ -390,11 +451,16 @@ func (b *batch) findIssue(n uint64) (*Issue, error) {
 	return issue, nil
 }
 
-func (b *batch) settle(settled *bolt.Bucket, n uint64, bit byte) error {
-	if value := settled.Get(number(n)); len(value) == 1 {
-		bit |= value[0]
-	}
-	return b.put(settled, number(n), []byte{bit})
+// settled says what became of issue n.
+func (b *batch) settled(n uint64) IssueState {
+	return decodeSettled(b.table(bucketSettled).Get(number(n)))
+}
+
+// settle notes what became of issue n.
+func (b *batch) settle(n uint64, change func(*IssueState)) error {
+	state := b.settled(n)
+	change(&state)
+	return b.put(b.table(bucketSettled), number(n), state.encode())
 }
 
 // ways are the transitions of an authority, see State.

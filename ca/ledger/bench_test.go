@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"context"
+	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -17,6 +18,38 @@ func BenchmarkAppend(b *testing.B) {
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			if _, err := h.Append(context.Background(), h.issue()); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+	b.ReportMetric(float64(b.N)/float64(commits.Load()), "events/commit")
+}
+
+// BenchmarkConfirm is a root change: thousands of holders acknowledge the new trust bundle at once, each for the certificate that it got by SDS.
+func BenchmarkConfirm(b *testing.B) {
+	var commits atomic.Int64
+	h := newHouse(b, func(o *Options) { o.OnCommit = func(Commit) { commits.Add(1) } })
+	var issues []*Confirm
+	for len(issues) < b.N {
+		var bodies []Body
+		for range maxDraft {
+			bodies = append(bodies, h.issue(func(i *Issue) { i.Delivery = DeliverySDS }))
+		}
+		first := h.must(bodies...)
+		for i, body := range bodies {
+			issues = append(issues, &Confirm{Number: first + uint64(i), Serial: body.(*Issue).Serial, How: "sds-ack", Bundle: 1})
+		}
+	}
+	rand.Shuffle(len(issues), func(i, j int) { issues[i], issues[j] = issues[j], issues[i] })
+	commits.Store(0)
+	var next atomic.Int64
+	b.SetParallelism(1024)
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := h.Append(context.Background(), issues[next.Add(1)-1]); err != nil {
 				b.Error(err)
 				return
 			}

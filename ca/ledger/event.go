@@ -134,7 +134,9 @@ func (l *LogID) UnmarshalText(text []byte) error {
 	return err
 }
 
-// Delivery says how the bundle named in an Issue reaches the holder.
+// Delivery says how the bundle named in an Issue reaches the holder, and with that, under which bundle the certificate counts in the holdings: one that goes out
+// in a response counts under the bundle next to it. One that goes out by SDS says nothing of the bundle, which is another resource: it counts
+// under what its holder is known to have (Issue.Held), and under 0 while that is not known.
 type Delivery uint8
 
 const (
@@ -189,7 +191,7 @@ type Issue struct {
 	NotAfter    Time     `cbor:"7,keyasint" json:"not_after"`
 	Authority   Hash     `cbor:"8,keyasint" json:"authority"` // the issuing CA that signed: SHA-256 of its certificate
 	Chain       Hash     `cbor:"9,keyasint" json:"chain"`     // SHA-256 over the chain's DERs, see ChainHash
-	Bundle      uint64   `cbor:"10,keyasint" json:"bundle"`   // sequence number of the bundle handed over
+	Bundle      uint64   `cbor:"10,keyasint" json:"bundle"`   // sequence number of the bundle handed over; by SDS: of the one there was then
 	Delivery    Delivery `cbor:"11,keyasint" json:"delivery"`
 	Profile     string   `cbor:"12,keyasint,omitempty" json:"profile,omitempty"`
 	Proofs      []Proof  `cbor:"13,keyasint" json:"proofs"`                           // what was accepted for this call
@@ -204,18 +206,31 @@ type Issue struct {
 	// Supersedes is filled in by the ledger: the number of the issue that the same single-use token got before, 0 for none. From this event on that
 	// certificate authenticates nobody, and is never confirmed. It may be in somebody's hands, so that it counts until it expires.
 	Supersedes uint64 `cbor:"22,keyasint,omitempty" json:"supersedes,omitempty"`
+	// Held is filled in by the ledger, for a certificate that goes out by SDS: the sequence number of the bundle that its holder is known to have already, 0
+	// when none is known. It is what the certificate that this one replaces counts under, if that went out to the same Holder by SDS, too, was not
+	// superseded, and is for the same name: a holder keeps what it acknowledged, and never goes back. A Confirm that comes for the older one afterwards does not change it.
+	Held uint64 `cbor:"23,keyasint,omitempty" json:"held,omitempty"`
 }
 
-// Confirm records that the holder of an issued certificate was seen to have it: it presented the serial, or acknowledged it.
-// It retires the certificate that the confirmed one replaces from the holdings, unless that was superseded. Appending it twice is ErrAlready, and
-// for a superseded certificate ErrSuperseded.
+// Confirm records that the holder of an issued certificate was seen to have it: it presented the serial, or acknowledged it. With a Bundle it says
+// as well which trust bundle the holder has, so that the certificate counts under that one in the holdings from this event on. It comes once for the
+// certificate, and once more for each newer bundle.
+//
+// The first one retires the certificate that the confirmed one replaces from the holdings, if that went out in the same way and, by SDS, to the same Holder; else
+// it may be in use elsewhere, with what that place has as its trust. One that was superseded is never retired.
+//
+// It is refused with ErrAlready when it says nothing new: the bundle is not newer than the one that the certificate counts under, and the holder was seen to
+// have the certificate before, or the bundle is an older one; with ErrNotFound when there is no such issue, as when it was pruned, or no such
+// bundle; and with ErrSuperseded for a superseded certificate, of which nobody knows who has it. For a certificate that was retired, or whose hour Prune dropped
+// from the holdings, it is recorded, and changes no count. A bundle below the floor is accepted: it is what the holder has.
 type Confirm struct {
 	Number uint64 `cbor:"1,keyasint" json:"number"` // of the Issue event
 	Serial Serial `cbor:"2,keyasint" json:"serial"`
 	How    string `cbor:"3,keyasint" json:"how"` // client-certificate, sds-ack
 	// Retires is filled in by the ledger: the number of the issue that no longer counts, 0 for none.
 	Retires uint64 `cbor:"4,keyasint,omitempty" json:"retires,omitempty"`
-	Bundle  uint64 `cbor:"5,keyasint,omitempty" json:"bundle,omitempty"` // sequence number of the trust bundle that the holder has from now on; 0: nothing is said of it
+	// Bundle is the sequence number of the trust bundle that the holder has from now on, at least; 0: nothing is said of it.
+	Bundle uint64 `cbor:"5,keyasint,omitempty" json:"bundle,omitempty"`
 }
 
 // State of an authority. The ways are prepared → active → retired → removed, and prepared → removed; and back, for one that is not tainted: retired →

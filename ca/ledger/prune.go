@@ -73,7 +73,7 @@ func (l *Ledger) Prune(ctx context.Context, now time.Time) (report PruneReport, 
 func relevant(e Event) (until Time, ok bool) {
 	switch b := e.Body.(type) {
 	case *Issue:
-		return max(e.Time, holdingOf(b).end()), true
+		return max(e.Time, holdingOf(b, 0).end()), true
 	case *Token:
 		return max(e.Time, b.Expires), true
 	case *Revoke:

@@ -36,11 +36,11 @@ type TokenRecord struct {
 	Last     uint64 `json:"last,omitempty"`  // number of the latest issue that redeemed it; 0: none yet
 }
 
-// Holding counts the certificates handed out with one chain and one bundle that expire within one hour, and are not known to be
+// Holding counts the certificates handed out with one chain, whose holders have one bundle, that expire within one hour, and are not known to be
 // replaced. A row stays with the count 0 until its hour is past and Prune drops it.
 type Holding struct {
 	Chain  Hash   `json:"chain"`  // see ChainHash
-	Bundle uint64 `json:"bundle"` // sequence number
+	Bundle uint64 `json:"bundle"` // sequence number of what the holders have, or a newer one; 0: nobody knows what they have
 	Hour   int64  `json:"hour"`   // notAfter, in hours since 1970, rounded down
 	Count  uint64 `json:"count"`
 	Latest Time   `json:"latest"` // the latest notAfter that the row ever counted
@@ -51,6 +51,9 @@ type IssueState struct {
 	Confirmed  bool `json:"confirmed"`  // its holder was seen to have it
 	Retired    bool `json:"retired"`    // its successor was confirmed
 	Superseded bool `json:"superseded"` // the join token that it spent was redeemed again
+	// Bundle is the sequence number of the trust bundle that its holder has by the latest Confirm that told of a newer one; 0: none did, and the certificate
+	// counts under what its event says.
+	Bundle uint64 `json:"bundle,omitempty"`
 }
 
 const (
@@ -96,9 +99,20 @@ type holdingKey struct {
 	hour   int64
 }
 
-func holdingOf(i *Issue) holdingKey {
-	return holdingKey{chain: i.Chain, bundle: i.Bundle, hour: int64(i.NotAfter) / 3600}
+// holdingOf names the row in which an issue counts, or counted when it was retired.
+func holdingOf(i *Issue, confirmed uint64) holdingKey {
+	key := holdingKey{chain: i.Chain, bundle: i.Bundle, hour: i.hour()}
+	if i.Delivery == DeliverySDS {
+		key.bundle = i.Held
+	}
+	if confirmed != 0 { // the newest bundle that a Confirm told of
+		key.bundle = confirmed
+	}
+	return key
 }
+
+// hour is that of the end of the certificate, since 1970.
+func (i *Issue) hour() int64 { return int64(i.NotAfter) / 3600 }
 
 // end is when nothing that the row counts can be valid any more.
 func (k holdingKey) end() Time { return Time((k.hour + 1) * 3600) }
@@ -225,7 +239,7 @@ func (l *Ledger) Redeemable(id string) error {
 	})
 }
 
-// IssueState says whether an issue was confirmed, retired or superseded. The error wraps ErrNotFound when the event is not in the log, or is no issue.
+// IssueState says whether an issue was confirmed, retired or superseded, and what its holder acknowledged. The error wraps ErrNotFound when the event is not in the log, or is no issue.
 func (l *Ledger) IssueState(n uint64) (s IssueState, err error) {
 	err = l.view(func(tx *bolt.Tx) error {
 		raw := tx.Bucket(bucketEvents).Get(number(n))
@@ -241,12 +255,31 @@ func (l *Ledger) IssueState(n uint64) (s IssueState, err error) {
 	return s, err
 }
 
+// encode is the row of the table: an octet of marks, and the bundle in eight more when a Confirm told of one.
+func (s IssueState) encode() []byte {
+	value := make([]byte, 1, 9)
+	for _, mark := range []struct {
+		set bool
+		bit byte
+	}{{s.Confirmed, settledConfirmed}, {s.Retired, settledRetired}, {s.Superseded, settledSuperseded}} {
+		if mark.set {
+			value[0] |= mark.bit
+		}
+	}
+	if s.Bundle != 0 {
+		value = binary.BigEndian.AppendUint64(value, s.Bundle)
+	}
+	return value
+}
+
+// decodeSettled reads a row; without one, nothing became of the issue.
 func decodeSettled(value []byte) IssueState {
-	if len(value) != 1 {
+	if len(value) != 1 && len(value) != 9 {
 		return IssueState{}
 	}
 	return IssueState{
 		Confirmed: value[0]&settledConfirmed != 0, Retired: value[0]&settledRetired != 0, Superseded: value[0]&settledSuperseded != 0,
+		Bundle: toNumber(value[1:]),
 	}
 }
 

@@ -30,7 +30,7 @@ import (
 //	  holdings    chain, bundle, hour → count (8), latest notAfter (8)
 //	  tokens      id           →  tokenRow
 //	  revoked     serial       →  notAfter (8)
-//	  settled     number of an issue  →  bits: confirmed, retired, superseded
+//	  settled     number of an issue  →  bits: confirmed, retired, superseded (1); then, if a Confirm told of one, the bundle (8)
 const storeFile = "ledger.db"
 
 var (

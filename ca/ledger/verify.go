@@ -30,7 +30,7 @@ func (l *Ledger) Verify(ctx context.Context) (VerifyReport, error) {
 	defer l.releaseFront()
 	r := &replay{
 		l: l, holdings: map[holdingKey]holdingRow{}, authorities: map[Hash]*authorityReplay{}, bundles: map[uint64]bool{},
-		tokens: map[string]*tokenRow{}, revoked: map[string]Time{},
+		tokens: map[string]*tokenRow{}, revoked: map[string]Time{}, seen: numberSet{}, gone: numberSet{}, acknowledged: map[uint64]uint64{},
 	}
 	for !r.done {
 		if err := ctx.Err(); err != nil {
@@ -86,7 +86,15 @@ type replay struct {
 	revoked            map[string]Time
 	confirmed, retired uint64 // marks that the table must have
 	superseded         uint64
+	seen, gone         numberSet         // issues that were confirmed, and that were retired
+	acknowledged       map[uint64]uint64 // by issue: the newest bundle that a Confirm told of, where that is newer than what its event says
 }
+
+// numberSet is a set of numbers that lie close to each other: 64 of them in a word.
+type numberSet map[uint64]uint64
+
+func (s numberSet) has(n uint64) bool { return s[n/64]&(1<<(n%64)) != 0 }
+func (s numberSet) add(n uint64)      { s[n/64] |= 1 << (n % 64) }
 
 type authorityReplay struct {
 	row     authorityRow
@@ -246,11 +254,9 @@ func (r *replay) endLog(log LogID, incarnation Hash, says string) {
 }
 
 func (r *replay) issue(tx *bolt.Tx, n uint64, at Time, issue *Issue) {
-	if key := holdingOf(issue); key.end() > r.horizon {
-		row := r.holdings[key]
-		row.count++
-		row.latest = max(row.latest, issue.NotAfter)
-		r.holdings[key] = row
+	r.countUp(holdingOf(issue, 0), issue.NotAfter)
+	if issue.Held != 0 {
+		r.held(tx, n, issue)
 	}
 	if a := r.authorities[issue.Authority]; a != nil && (a.row.State != StateActive || a.row.Tainted) {
 		r.problem("event %d issues under the authority %s, which was not active then", n, issue.Authority)
@@ -277,30 +283,63 @@ func (r *replay) supersede(tx *bolt.Tx, n uint64, issue *Issue, token *tokenRow)
 	if err != nil || before == nil || issue.Supersedes >= n || before.Token != issue.Token {
 		r.problem("event %d supersedes issue %d, which is no such issue", n, issue.Supersedes)
 	}
-	if !decodeSettled(r.l.table(tx, bucketSettled).Get(number(issue.Supersedes))).Superseded {
+	if !(&batch{l: r.l, tx: tx}).settled(issue.Supersedes).Superseded {
 		r.problem("event %d supersedes issue %d, and the table does not say so", n, issue.Supersedes)
 	}
 }
 
+// held checks what an issue says of the bundle that its holder had already.
+func (r *replay) held(tx *bolt.Tx, n uint64, issue *Issue) {
+	if issue.Replaces < r.first && issue.Replaces != 0 { // pruned
+		return
+	}
+	before, err := (&batch{l: r.l, tx: tx}).findIssue(issue.Replaces)
+	if err != nil || before == nil || issue.Replaces >= n || issue.Delivery != DeliverySDS || !follows(issue, before) ||
+		issue.Held != holdingOf(before, r.acknowledged[issue.Replaces]).bundle {
+		r.problem("event %d says that its holder has trust bundle %d already, and the certificate that it replaces (event %d) does not count so", n, issue.Held, issue.Replaces)
+	}
+}
+
+// countUp counts one more certificate in a row, unless that may have been dropped.
+func (r *replay) countUp(key holdingKey, notAfter Time) {
+	if key.end() <= r.horizon {
+		return
+	}
+	row := r.holdings[key]
+	row.count++
+	row.latest = max(row.latest, notAfter)
+	r.holdings[key] = row
+}
+
+// countDown counts one less, and says whether there was one.
+func (r *replay) countDown(key holdingKey) bool {
+	if key.end() <= r.horizon {
+		return true
+	}
+	row := r.holdings[key]
+	if row.count == 0 {
+		return false
+	}
+	row.count--
+	r.holdings[key] = row
+	return true
+}
+
 func (r *replay) confirm(tx *bolt.Tx, n uint64, confirm *Confirm) {
-	settled, b := r.l.table(tx, bucketSettled), batch{l: r.l, tx: tx}
+	b := batch{l: r.l, tx: tx}
 	if confirm.Number >= r.first {
-		r.confirmed++
-		if !decodeSettled(settled.Get(number(confirm.Number))).Confirmed {
-			r.problem("event %d confirms issue %d, and the table does not say so", n, confirm.Number)
-		}
 		issue, err := b.findIssue(confirm.Number)
 		if err != nil || issue == nil || confirm.Number >= n || !bytes.Equal(issue.Serial, confirm.Serial) {
 			r.problem("event %d confirms issue %d, which is no such issue", n, confirm.Number)
-		} else if confirm.Retires != 0 && confirm.Retires != issue.Replaces {
-			r.problem("event %d retires issue %d, where %d is replaced", n, confirm.Retires, issue.Replaces)
+		} else {
+			r.confirmIssue(&b, n, confirm, issue)
 		}
 	}
 	if confirm.Retires < r.first {
 		return
 	}
 	r.retired++
-	if !decodeSettled(settled.Get(number(confirm.Retires))).Retired {
+	if !b.settled(confirm.Retires).Retired {
 		r.problem("event %d retires issue %d, and the table does not say so", n, confirm.Retires)
 	}
 	issue, err := b.findIssue(confirm.Retires)
@@ -308,17 +347,44 @@ func (r *replay) confirm(tx *bolt.Tx, n uint64, confirm *Confirm) {
 		r.problem("event %d retires issue %d, which is no issue", n, confirm.Retires)
 		return
 	}
-	if key := holdingOf(issue); key.end() > r.horizon {
-		row := r.holdings[key]
-		if row.count == 0 {
-			r.problem("event %d retires issue %d, and no such holding is left", n, confirm.Retires)
-			return
-		}
-		row.count--
-		r.holdings[key] = row
+	if r.gone.has(confirm.Retires) || !r.countDown(holdingOf(issue, r.acknowledged[confirm.Retires])) {
+		r.problem("event %d retires issue %d, and no such holding is left", n, confirm.Retires)
 	}
+	r.gone.add(confirm.Retires)
 }
 
+// confirmIssue applies the confirmation of an issue that the log has.
+func (r *replay) confirmIssue(b *batch, n uint64, confirm *Confirm, issue *Issue) {
+	again := r.seen.has(confirm.Number)
+	r.seen.add(confirm.Number)
+	if !again {
+		r.confirmed++
+	}
+	if !b.settled(confirm.Number).Confirmed {
+		r.problem("event %d confirms issue %d, and the table does not say so", n, confirm.Number)
+	}
+	if confirm.Retires != 0 && (again || confirm.Retires != issue.Replaces) {
+		r.problem("event %d retires issue %d, where %d is replaced", n, confirm.Retires, issue.Replaces)
+	}
+	from, to := holdingOf(issue, r.acknowledged[confirm.Number]), holdingOf(issue, confirm.Bundle)
+	if confirm.Bundle <= from.bundle {
+		if again || confirm.Bundle != 0 && confirm.Bundle < from.bundle {
+			r.problem("event %d confirms issue %d with trust bundle %d, where it counts under %d already", n, confirm.Number, confirm.Bundle, from.bundle)
+		}
+		return
+	}
+	if b.table(bucketBundles).Get(number(confirm.Bundle)) == nil {
+		r.problem("event %d says that the holder of issue %d has trust bundle %d, and there is none", n, confirm.Number, confirm.Bundle)
+	}
+	r.acknowledged[confirm.Number] = confirm.Bundle
+	switch {
+	case r.gone.has(confirm.Number): // it counts nowhere
+	case r.countDown(from):
+		r.countUp(to, issue.NotAfter)
+	default:
+		r.problem("event %d says that the holder of issue %d has trust bundle %d, and no holding with trust bundle %d is left", n, confirm.Number, confirm.Bundle, from.bundle)
+	}
+}
 func (r *replay) authority(n uint64, at Time, event *Authority) {
 	a := r.authorities[event.ID]
 	switch {
@@ -391,6 +457,9 @@ func (r *replay) compare(tx *bolt.Tx) error {
 		if notAfter > r.horizon {
 			r.problem("the table has no revocation of the serial %s", Serial(serial))
 		}
+	}
+	for n, bundle := range r.acknowledged {
+		r.problem("the table does not say that the holder of issue %d has trust bundle %d", n, bundle)
 	}
 	if r.confirmed != 0 || r.retired != 0 || r.superseded != 0 {
 		r.problem("the marks of confirmed, retired and superseded issues are not those of the log: %d, %d and %d differ",
@@ -500,10 +569,14 @@ func (r *replay) compareSettled(key, value []byte) error {
 	if toNumber(key) < r.first {
 		return nil
 	}
-	if len(value) != 1 {
-		return damaged{fmt.Errorf("the marks of issue %d cannot be read", toNumber(key))}
+	n, state := toNumber(key), decodeSettled(value)
+	if !bytes.Equal(value, state.encode()) {
+		return damaged{fmt.Errorf("the marks of issue %d cannot be read", n)}
 	}
-	state := decodeSettled(value)
+	if want := r.acknowledged[n]; state.Bundle != want {
+		r.problem("the holder of issue %d has trust bundle %d according to the table, and %d according to the log", n, state.Bundle, want)
+	}
+	delete(r.acknowledged, n)
 	if state.Confirmed {
 		r.confirmed--
 	}
@@ -514,7 +587,7 @@ func (r *replay) compareSettled(key, value []byte) error {
 		r.superseded--
 	}
 	if state.Superseded && state.Confirmed {
-		r.problem("issue %d is superseded, and was confirmed", toNumber(key))
+		r.problem("issue %d is superseded, and was confirmed", n)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package ledger
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -30,6 +31,11 @@ func fill(t *testing.T) *house {
 		}
 		h.must(bodies...)
 	}
+	stream := h.issue(func(i *Issue) { i.Delivery = DeliverySDS })
+	at := h.must(stream)
+	renewed := h.issue(func(i *Issue) { i.Delivery, i.Replaces = DeliverySDS, at })
+	h.must(&Confirm{Number: at, Serial: stream.Serial, How: "sds-ack", Bundle: 2}, renewed)
+	h.must(&Confirm{Number: at + 2, Serial: renewed.Serial, How: "sds-ack"})
 	return h
 }
 
@@ -46,6 +52,18 @@ func TestVerifyFindsWhatWasTamperedWith(t *testing.T) {
 			key, value := b.Cursor().First()
 			return change(b, bytes.Clone(key), bytes.Clone(value))
 		}
+	}
+	// inMark changes the first mark that has a bundle.
+	inMark := func(change func(value []byte) []byte) func(*bolt.Tx) error {
+		return inTable(bucketSettled, func(b *bolt.Bucket, _, _ []byte) error {
+			cursor := b.Cursor()
+			for key, value := cursor.First(); key != nil; key, value = cursor.Next() {
+				if len(value) > 1 {
+					return b.Put(bytes.Clone(key), change(bytes.Clone(value)))
+				}
+			}
+			return errors.New("there is none")
+		})
 	}
 	remove := func(b *bolt.Bucket, key, _ []byte) error { return b.Delete(key) }
 	tests := []struct {
@@ -126,6 +144,22 @@ func TestVerifyFindsWhatWasTamperedWith(t *testing.T) {
 		{"a superseded certificate made confirmed", inTable(bucketSettled, func(b *bolt.Bucket, _, _ []byte) error {
 			return b.Put(number(6), []byte{settledSuperseded | settledConfirmed})
 		}), "issue 6 is superseded, and was confirmed"},
+		{"another acknowledged bundle", inMark(func(value []byte) []byte { return flip(value, 8) }), "has trust bundle 3 according to the table, and 2"},
+		{"a removed acknowledged bundle", inMark(func(value []byte) []byte { return value[:1] }), "has trust bundle 0 according to the table, and 2"},
+		{"a mark that is too long", inMark(func(value []byte) []byte { return append(value, 0) }), "cannot be read"},
+		{"an added acknowledged bundle", inTable(bucketSettled, func(b *bolt.Bucket, key, value []byte) error {
+			return b.Put(key, append(value, number(2)...))
+		}), "has trust bundle 2 according to the table, and 0"},
+		{"a holder put under another bundle", inTable(bucketHoldings, func(b *bolt.Bucket, _, _ []byte) error {
+			cursor := b.Cursor()
+			for key, value := cursor.First(); key != nil; key, value = cursor.Next() {
+				if k, row, err := decodeHolding(key, value); err == nil && k.bundle == 2 {
+					k.bundle++
+					return errors.Join(b.Delete(bytes.Clone(key)), b.Put(k.encode(), row.encode()))
+				}
+			}
+			return errors.New("there is none")
+		}), "with bundle 2 that expire in hour"},
 		{"a lowered floor", func(tx *bolt.Tx) error {
 			return tx.Bucket(bucketTrustDomains).Bucket([]byte(domain)).Put(keyFloor, number(0))
 		}, "the floor is 0"},

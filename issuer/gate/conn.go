@@ -24,6 +24,7 @@ type conn struct {
 
 	// Of the gate's lock.
 	calls         int  // that make it busy
+	streams       int  // see Options.Streams
 	called        bool // it had a call
 	closed        bool
 	inAll, inPeer *list.Element // while it is idle

@@ -36,6 +36,7 @@ import (
 	"kedge/issuer/gate"
 	"kedge/issuer/istio"
 	"kedge/issuer/metrics"
+	"kedge/issuer/reception"
 	"kedge/issuer/serving"
 	"kedge/plugins/file"
 )
@@ -169,7 +170,7 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 	must(err)
 	counters := metrics.New(d.registry)
 	crowd := gate.New(gate.Options{Calls: o.calls, Patience: o.patience, Work: istio.IsCSR, Logger: log, Metrics: counters})
-	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute,
+	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Desk: &reception.Desk{Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute},
 		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(), o.connections)
 	if o.listener == nil {
 		o.listener, err = net.Listen("tcp", "127.0.0.1:0")
