@@ -14,6 +14,10 @@ import (
 	"syscall"
 	"testing"
 
+	envoytls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secret "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -24,11 +28,10 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
-	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
-
 	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/issuer/istio"
+	"kedge/issuer/sds"
 	"kedge/test/machine"
 	"kedge/test/process"
 )
@@ -446,4 +449,150 @@ func TestATokenThatTheKubeletReplacesIsShown(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// envoy is a stream to the SDS of an agent, as an Envoy has one for its trust bundle. It acknowledges when it is told to.
+type envoy struct {
+	stream secret.SecretDiscoveryService_DeltaSecretsClient
+	latest *discovery.DeltaDiscoveryResponse
+}
+
+func (b *beside) envoy(t *testing.T, socket string, names ...string) *envoy {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+b.socket(socket), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	stream, err := secret.NewSecretDiscoveryServiceClient(conn).DeltaSecrets(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: sds.SecretType, ResourceNamesSubscribe: names}); err != nil {
+		t.Fatal(err)
+	}
+	return &envoy{stream: stream}
+}
+
+// next waits for the next response, and returns its secrets by their names.
+func (e *envoy) next(t *testing.T) map[string]*envoytls.Secret {
+	t.Helper()
+	response, err := e.stream.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.latest = response
+	all := map[string]*envoytls.Secret{}
+	for _, resource := range response.Resources {
+		all[resource.Name] = new(envoytls.Secret)
+		if err := resource.Resource.UnmarshalTo(all[resource.Name]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return all
+}
+
+// take acknowledges the latest response.
+func (e *envoy) take(t *testing.T) {
+	t.Helper()
+	if err := e.stream.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: sds.SecretType, ResponseNonce: e.latest.Nonce}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTheLedgerKnowsWhichTrustBundleTheConsumersOfAnAgentHave: the CA learns that the SVID has arrived at once, and of a trust bundle only when the last consumer has it.
+func TestTheLedgerKnowsWhichTrustBundleTheConsumersOfAnAgentHave(t *testing.T) {
+	t.Parallel()
+	k := process.New(t, process.Ports+"root: {anchorsFile: anchors.pem}\n")
+	anchors := filepath.Join(k.Dir, "anchors.pem")
+	root, _ := newRoot(t, "of before")
+	process.Write(t, anchors, inPEM(root.Raw))
+	k.Start(t)
+	b := newBeside(t, k)
+	b.front.lead(k.Status(t).CSRAddress)
+	agent := b.launch(t, fmt.Sprintf(`
+server: %s
+rootFile: root.pem
+consumerGrace: 0s
+workloads: [{tokenFile: %s, sockets: [{path: s}], files: {dir: svid, rereadAfter: 0s}}]
+`, b.front.address, b.token(t, k, "ns/default/sa/web")))
+	agent.awaitLog(t, "an SVID was issued")
+	issued := issues(t, k, "ns/default/sa/web")
+	if len(issued) != 1 || issued[0].Delivery != ledger.DeliverySDS || issued[0].Held != 0 {
+		t.Fatalf("the ledger has %+v", issued)
+	}
+	// confirmed is the newest bundle that the ledger knows of the SVID's holder, and whether it knows of the SVID.
+	confirmed := func() (bundle uint64, any bool) {
+		for _, event := range k.Export(t) {
+			if c := event.Confirm; c != nil && string(c.Serial) == string(issued[0].Serial) {
+				bundle, any = max(bundle, c.Bundle), true
+			}
+		}
+		return bundle, any
+	}
+	await := func(bundle uint64) {
+		t.Helper()
+		process.Eventually(t, fmt.Sprintf("the ledger to know of bundle %d", bundle), func() error {
+			if got, any := confirmed(); !any || got != bundle {
+				return fmt.Errorf("it knows of %d, and of the SVID: %t", got, any)
+			}
+			return nil
+		})
+	}
+	now := k.Status(t).Bundle
+	await(now) // nobody but the files
+
+	proxy, source := b.envoy(t, "s", sds.NameSVID, sds.NameBundle), b.source(t, "s")
+	secrets := proxy.next(t)
+	if len(secrets) != 2 || len(secrets[sds.NameSVID].GetTlsCertificate().GetPrivateKey().GetInlineBytes()) == 0 {
+		t.Errorf("the first response has %v", secrets)
+	}
+	proxy.take(t)
+	next, _ := newRoot(t, "to come")
+	process.Write(t, anchors, inPEM(root.Raw)+inPEM(next.Raw))
+	secrets = proxy.next(t)
+	if text := string(secrets[sds.NameBundle].GetValidationContext().GetTrustedCa().GetInlineBytes()); !strings.Contains(text, inPEM(next.Raw)) {
+		t.Errorf("the next response has %s", text)
+	}
+	process.Eventually(t, "the X509Source to have the new root", func() error {
+		bundle, err := source.GetX509BundleForTrustDomain(spiffeid.RequireTrustDomainFromString("cluster.local"))
+		if err == nil && !bundle.HasX509Authority(next) {
+			err = errors.New("it has not")
+		}
+		return err
+	})
+	process.Eventually(t, "the files to have the new root", func() error {
+		if text := process.Read(t, filepath.Join(b.dir, "svid", istio.RootFile)); !strings.Contains(text, inPEM(next.Raw)) {
+			return errors.New("they have not")
+		}
+		return nil
+	})
+	if got, _ := confirmed(); got != now {
+		t.Errorf("a consumer has not acknowledged the trust bundle, and the ledger knows of bundle %d", got)
+	}
+	proxy.take(t)
+	await(now + 1)
+	if n := len(issues(t, k, "ns/default/sa/web")); n != 1 {
+		t.Errorf("a new trust bundle made %d SVIDs", n)
+	}
+	k.Stop(t)
+	if strings.Contains(k.Log(), "refused") {
+		t.Errorf("something was refused:\n%s", k.Log())
+	}
+}
+
+// TestAnEnvoyWaitsAtTheSocketForItsSecrets: the stream is open before the CA is there.
+func TestAnEnvoyWaitsAtTheSocketForItsSecrets(t *testing.T) {
+	t.Parallel()
+	k := process.New(t, "")
+	k.Start(t)
+	b := newBeside(t, k)
+	agent := launch(t, nil, "agent", "--server", b.front.address, "--root", b.root, "--token-file", b.token(t, k, "ns/default/sa/web"), "--socket", b.socket("s"))
+	agent.awaitLog(t, `"socket":"`+b.socket("s"))
+	proxy := b.envoy(t, "s", "spiffe://cluster.local/ns/default/sa/web", "spiffe://cluster.local")
+	agent.awaitLog(t, "there is no good new SVID")
+	b.front.lead(k.Status(t).CSRAddress)
+	for got := 0; got < 2; proxy.take(t) {
+		got += len(proxy.next(t))
+	}
 }

@@ -311,6 +311,7 @@ func (i *identity) askCA(ctx context.Context, with shown) (*answer, error) {
 		return nil, err
 	}
 	defer client.Close()
+	client.BundlesBySDS = true
 	asked := time.Now()
 	signed, err := client.Sign(ctx, csr, with.token, i.o.TTL)
 	if err != nil {

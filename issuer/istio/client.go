@@ -24,6 +24,9 @@ import (
 
 // Client asks a CSR API for certificates: Kedge's, or istiod's.
 type Client struct {
+	// BundlesBySDS tells a CA of Kedge's that the SVID is handed to others, and which trust bundle these have is acknowledged on an SDS stream.
+	BundlesBySDS bool
+
 	conn    *grpc.ClientConn
 	api     pb.IstioCertificateServiceClient
 	servers *servers
@@ -71,6 +74,9 @@ type Signed struct {
 func (c *Client) Sign(ctx context.Context, csr []byte, token string, ttl time.Duration) (*Signed, error) {
 	if token != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+	}
+	if c.BundlesBySDS {
+		ctx = metadata.AppendToOutgoingContext(ctx, deliveryHeader, deliverySDS)
 	}
 	var header metadata.MD
 	response, err := c.api.CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: string(csr), ValidityDuration: int64(ttl / time.Second)}, grpc.Header(&header))

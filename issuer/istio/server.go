@@ -19,7 +19,6 @@ import (
 	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/ca"
-	"kedge/ca/ledger"
 	"kedge/issuer/metrics"
 	"kedge/issuer/reception"
 )
@@ -70,7 +69,7 @@ func (s *Server) CreateCertificate(ctx context.Context, request *pb.IstioCertifi
 		attrs = append(attrs, slog.String("clamped_from", ca.DurationText(issued.ClampedFrom)))
 	}
 	s.Log.LogAttrs(ctx, slog.LevelInfo, "certificate issued", attrs...)
-	number := BundleNumber{issued.Bundle.Record().Incarnation.String(), issued.Bundle.Sequence}
+	number := BundleNumber{issued.Bundle.Incarnation().String(), issued.Bundle.Sequence}
 	_ = grpc.SetHeader(ctx, metadata.Pairs(bundleHeader, number.String())) // as above
 	return &pb.IstioCertificateResponse{CertChain: append(issued.Chain, issued.Bundle.PEM)}, nil
 }
@@ -116,7 +115,7 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 		return nil, caller, err
 	}
 	place.Checked()
-	issued, err = requested.Issue(ctx, ca.Request{TTL: ca.Seconds(request.GetValidityDuration()), Delivery: ledger.DeliveryResponse, RequestID: id})
+	issued, err = requested.Issue(ctx, ca.Request{TTL: ca.Seconds(request.GetValidityDuration()), Delivery: deliveryOf(ctx), RequestID: id})
 	if err == nil {
 		if profile == "" {
 			profile = ca.DefaultProfile
