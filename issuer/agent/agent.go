@@ -140,7 +140,9 @@ func (a *Agent) Problems() []ca.Problem {
 
 // Close closes the sockets of an agent. Run does so at its end.
 func (a *Agent) Close() {
+	var closing sync.WaitGroup
 	for _, d := range a.doors {
-		d.close()
+		closing.Go(d.close)
 	}
+	closing.Wait()
 }

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -141,8 +140,12 @@ func (i *identity) keep(ctx context.Context) {
 // inputs tells apart what an admin has given.
 func (i *identity) inputs() string {
 	given, err := i.proof().read()
-	roots, rootsErr := os.ReadFile(i.o.RootFile)
-	return fmt.Sprint(given.sum, err, sum(roots), rootsErr)
+	roots, rootsErr := pemfile.ReadCertificates(i.o.RootFile)
+	var all []byte
+	for _, root := range roots {
+		all = append(all, root.Raw...)
+	}
+	return fmt.Sprint(given.sum, err, sum(all), rootsErr)
 }
 
 // rest is how long there is nothing to do, if the clock does not jump.

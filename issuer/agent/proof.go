@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"encoding/hex"
 	"fmt"
+	"os"
 
 	"kedge/ca/atomicfile"
 	"kedge/issuer/istio"
@@ -26,6 +27,9 @@ type shown struct {
 
 func (p proof) read() (shown, error) {
 	if p.tokenFile != "" {
+		if info, err := os.Stat(p.tokenFile); err == nil && !info.Mode().IsRegular() {
+			return shown{}, fmt.Errorf("reading the token: %s is no file, and would be waited for", p.tokenFile)
+		}
 		token, err := istio.ReadTokenFile(p.tokenFile)
 		if err != nil {
 			return shown{}, fmt.Errorf("reading the token: %w", err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -40,13 +41,31 @@ var errReplaced, errHeldBack = errors.New("the SVID was replaced"), errors.New("
 func (i *identity) report(ctx context.Context) {
 	var wait backoff
 	var has acknowledged
+	var client *istio.Client // nil: there is no connection
+	hangUp := func() {
+		if client != nil {
+			_ = client.Close() // whatever was on it has ended
+			client = nil
+		}
+	}
+	defer hangUp()
 	for ctx.Err() == nil {
 		now, changed := i.materials()
 		var again <-chan time.Time
 		if now.SVID != nil {
-			lived, err := i.stream(ctx, now.SVID, &has, holdBack)
+			var lived bool
+			var err error
+			if client == nil {
+				client, err = i.connect(now.SVID)
+			}
+			if err == nil {
+				lived, err = i.stream(ctx, client, now.SVID, &has, holdBack*3/4+rand.N(holdBack/4))
+			}
 			if lived {
 				wait.reset()
+			}
+			if !errors.Is(err, errHeldBack) { // the next connection is made with the roots and the SVID of then
+				hangUp()
 			}
 			switch {
 			case ctx.Err() != nil:
@@ -74,20 +93,20 @@ func (i *identity) report(ctx context.Context) {
 	}
 }
 
+// connect prepares a connection to the CA that is made with the SVID.
+func (i *identity) connect(svid *sds.SVID) (*istio.Client, error) {
+	roots, err := i.serverRoots()
+	if err != nil {
+		return nil, err
+	}
+	return istio.Dial(i.o.Server, roots, certificateOf(svid))
+}
+
 // stream is one stream, until it ends. lived says whether it came to anything.
-func (i *identity) stream(ctx context.Context, svid *sds.SVID, has *acknowledged, holdBack time.Duration) (lived bool, err error) {
+func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.SVID, has *acknowledged, holdBack time.Duration) (lived bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go i.awaitOther(ctx, svid, func() { cancel(errReplaced) })
-	roots, err := i.serverRoots()
-	if err != nil {
-		return false, err
-	}
-	client, err := istio.Dial(i.o.Server, roots, certificateOf(svid))
-	if err != nil {
-		return false, err
-	}
-	defer client.Close()
 	failed := func(err error) error {
 		if cause := context.Cause(ctx); cause != nil {
 			return cause

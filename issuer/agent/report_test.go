@@ -230,11 +230,16 @@ func TestAStreamOnWhichAConsumerIsWaitedForIsOpenedAnewBeforeTheCAEndsIt(t *test
 	consumer, _ := b.Open(t.Context())
 	consumer.Want(sds.Wants{Bundle: true})
 	var has acknowledged
-	if lived, err := b.stream(t.Context(), b.handed(), &has, time.Millisecond); !lived || err != errHeldBack {
+	client, err := b.connect(b.handed())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if lived, err := b.stream(t.Context(), client, b.handed(), &has, time.Millisecond); !lived || err != errHeldBack {
 		t.Errorf("the stream ended with %v", err)
 	}
 	d.put(t, b.ca.bundle()+another(t))
-	if _, err := b.stream(t.Context(), b.handed(), &has, time.Millisecond); err != errHeldBack || has.order != 0 || len(d.took) > 0 {
+	if _, err := b.stream(t.Context(), client, b.handed(), &has, time.Millisecond); err != errHeldBack || has.order != 0 || len(d.took) > 0 {
 		t.Errorf("the stream ended with %v; acknowledged were %v", err, d.took)
 	}
 	consumer.Answered(sds.Answer{Bundle: awaitBundle(t, b.identity, 2).Bundles[0]})
@@ -304,10 +309,12 @@ func TestAServerThatDoesNotProveItselfGetsNothingAndGivesNothing(t *testing.T) {
 	write(t, b.o.RootFile, another(t))
 	d.put(t, b.ca.bundle()+another(t))
 	b.follows = false
-	b.mu.Lock()
-	svid := b.svid.handed
-	b.mu.Unlock()
-	_, err := b.stream(t.Context(), svid, &acknowledged{}, time.Hour)
+	client, err := b.connect(b.handed())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	_, err = b.stream(t.Context(), client, b.handed(), &acknowledged{}, time.Hour)
 	if err == nil || !strings.Contains(err.Error(), "does not prove itself") || len(d.serial) > 0 {
 		t.Errorf("the stream ends with %v, opened were %v", err, d.serial)
 	}
