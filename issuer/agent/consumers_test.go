@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -139,6 +141,37 @@ func TestFilesCountOnceProgramsHadTimeToReadThem(t *testing.T) {
 		oldest(2, 2)
 		if len(b.ca.asked()) < 2 {
 			t.Error("there was no renewal")
+		}
+	})
+}
+
+// TestFilesThatCannotBeWrittenAreAProblemUntilTheyCan: programs have the ones of before, and so the CA is told.
+func TestFilesThatCannotBeWrittenAreAProblemUntilTheyCan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, time.Hour)
+		dir := filepath.Join(t.TempDir(), "svid")
+		write(t, dir, "a file where the folder shall be")
+		b.w.Files = &Files{Dir: dir, Access: private}
+		ended := make(chan struct{})
+		go func() {
+			b.keepFiles(t.Context())
+			close(ended)
+		}()
+		t.Cleanup(func() { <-ended })
+		b.start(t)
+		pass(10 * time.Minute)
+		if got, _, _ := b.consumers.oldest(1); got != 0 || len(b.problems()) != 1 {
+			t.Errorf("the oldest bundle is %d, and the problems are %v", got, b.problems())
+		}
+		if n := b.said("the files are not written"); n < 10 || n > 60 {
+			t.Errorf("in ten minutes it is said %d times", n)
+		}
+		if err := os.Remove(dir); err != nil {
+			t.Fatal(err)
+		}
+		pass(longestRetry)
+		if got, _, _ := b.consumers.oldest(1); got != 1 || len(b.problems()) != 0 {
+			t.Errorf("the oldest bundle is %d, and the problems are %v", got, b.problems())
 		}
 	})
 }
