@@ -223,7 +223,7 @@ func (e *echo) request(t *testing.T) {
 	}
 	defer conn.Close()
 	answer := make([]byte, 5)
-	if _, err := conn.Write([]byte("hello")); err == nil {
+	if _, err = conn.Write([]byte("hello")); err == nil {
 		_, err = io.ReadFull(conn, answer)
 	}
 	if string(answer) != "hello" {
