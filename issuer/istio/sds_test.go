@@ -258,10 +258,11 @@ func TestWithoutPrivateKeysThereAreBundlesAndAReason(t *testing.T) {
 	}
 }
 
-// Whoever would get no certificate gets no stream, in the same words; and a join token is for a CSR: a stream does not spend it.
-func TestAStreamIsRefusedAsACSRIs(t *testing.T) {
+// TestEachRefusedStreamEndsAsTheDocsPromise holds docs/refusals.md against the door, both ways: whoever would get no certificate gets no stream, in the same words; and a join token is for a
+// CSR: a stream does not spend it.
+func TestEachRefusedStreamEndsAsTheDocsPromise(t *testing.T) {
 	t.Parallel()
-	d := openDoorWith(t, doorOptions{privateKeys: true})
+	d := openDoor(t, nil)
 	conn := d.connect(t, nil)
 	join, record, err := d.join.Create(spiffeid.RequireFromString(mine), time.Hour, false)
 	if err != nil {
@@ -271,23 +272,48 @@ func TestAStreamIsRefusedAsACSRIs(t *testing.T) {
 	if _, err := d.ledger.Append(t.Context(), &record); err != nil {
 		t.Fatal(err)
 	}
-	for name, c := range map[string]struct {
-		tokens []string
-		code   codes.Code
-		reason string
+	many := make([]string, 10_000)
+	for i := range many {
+		many[i] = fmt.Sprint(i)
+	}
+	roots := &discovery.DiscoveryRequest{ResourceNames: []string{"ROOTCA"}}
+	good := []string{d.token(t)}
+	calls := map[string]struct {
+		tokens  []string
+		request *discovery.DiscoveryRequest
+		reason  string // in the log
 	}{
-		"no proof":       {nil, codes.Unauthenticated, "neither a token nor a client certificate"},
-		"no good token":  {[]string{"x.y.z"}, codes.Unauthenticated, "token:"},
-		"expired":        {[]string{signToken(t, d.key, "RS256", "k1", with(goodClaims(), "exp", time.Now().Add(-time.Hour).Unix()))}, codes.Unauthenticated, "it expired at"},
-		"two tokens":     {[]string{d.token(t), d.token(t)}, codes.Unauthenticated, "there are 2 authorization headers"},
-		"a join token":   {[]string{join}, codes.PermissionDenied, "a join token opens no stream"},
-		"not this cloud": {[]string{signToken(t, d.key, "RS256", "k1", with(goodClaims(), "aud", "other"))}, codes.Unauthenticated, "its audience"},
-	} {
-		err := subscribe(t, bearer(t.Context(), c.tokens...), conn, "", "ROOTCA").ends()
-		if status.Code(err) != c.code || !strings.Contains(err.Error(), "the CA's log says why (request id ") {
-			t.Errorf("%s: %v", name, err)
+		"a stream without credentials":                        {nil, roots, "neither a token nor a client certificate"},
+		"a stream with an expired token":                      {[]string{signToken(t, d.key, "RS256", "k1", with(goodClaims(), "exp", time.Now().Add(-time.Hour).Unix()))}, roots, "it expired at"},
+		"a stream with a join token":                          {[]string{join}, roots, "a join token opens no stream"},
+		"a stream for an SVID alone, without sds.privateKeys": {good, &discovery.DiscoveryRequest{ResourceNames: []string{"default"}}, "hands out no private keys"},
+		"a stream for another type than secrets":              {good, &discovery.DiscoveryRequest{TypeUrl: "type.googleapis.com/envoy.config.cluster.v3.Cluster"}, "is not served here"},
+		"a stream for ten thousand names":                     {good, &discovery.DiscoveryRequest{ResourceNames: many}, "10000 names"},
+		"a stream for a name of more than 2048 octets":        {good, &discovery.DiscoveryRequest{ResourceNames: []string{strings.Repeat("a", 2049)}}, "more than 2048 octets"},
+	}
+	promises := readPromises(t, true)
+	for name := range promises {
+		if _, ok := calls[name]; !ok {
+			t.Errorf("docs/refusals.md promises something for %q, which is not tested", name)
 		}
-		d.await(t, "an SDS stream is refused", c.reason)
+	}
+	for name, c := range calls {
+		want, ok := promises[name]
+		if !ok {
+			t.Errorf("docs/refusals.md does not say what happens to %s", name)
+		}
+		wire, err := secret.NewSecretDiscoveryServiceClient(conn).StreamSecrets(bearer(t.Context(), c.tokens...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := wire.Send(c.request); err != nil {
+			t.Fatal(err)
+		}
+		_, err = wire.Recv()
+		if status.Code(err) != want.code || !strings.Contains(err.Error(), want.says) || len(err.Error()) > maxText {
+			t.Errorf("%s: %v; promised is %s %q", name, err, want.code, want.says)
+		}
+		d.await(t, c.reason)
 	}
 	if err := d.ledger.Redeemable(record.ID); err != nil {
 		t.Errorf("the join token: %v", err)
@@ -337,7 +363,23 @@ func TestAcknowledgementsAreEvidenceForTheHolderOfTheConnection(t *testing.T) {
 	d.awaitState(t, number, func(s ledger.IssueState) bool { return s.Bundle == d.ca.Bundle().Sequence })
 }
 
-// client is a client certificate of the CA, as a VM has one.
+// No bundle below the floor is sent, from the moment that the floor is durable.
+func TestNoBundleBelowTheFloorIsSent(t *testing.T) {
+	t.Parallel()
+	d := openDoor(t, nil)
+	b := d.ca.Bundle().Record()
+	if _, err := d.ledger.Append(t.Context(), &ledger.Bundle{TrustDomain: td.Name(), Sequence: b.Sequence + 1, SHA256: b.SHA256, Roots: b.Roots, Floor: b.Sequence + 1}); err != nil {
+		t.Fatal(err)
+	}
+	s := subscribe(t, bearer(t.Context(), d.token(t)), d.connect(t, nil), "", "ROOTCA")
+	d.clientCertificate(t, bearer(t.Context(), d.token(t)), d.api(t, nil)) // an issue makes the CA take the next bundle up
+	s.next()
+	if !strings.Contains(s.latest.VersionInfo, "-2.") {
+		t.Errorf("the first bundle that was sent has the version %s", s.latest.VersionInfo)
+	}
+}
+
+// clientCertificate is a client certificate of the CA, as a VM has one.
 func (d *door) clientCertificate(t *testing.T, ctx context.Context, api pb.IstioCertificateServiceClient) (*tls.Certificate, *x509.Certificate) {
 	t.Helper()
 	key := newKey(t)

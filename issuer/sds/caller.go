@@ -56,7 +56,7 @@ type CallersOptions struct {
 
 // trusted is what all streams share. It never changes.
 type trusted struct {
-	bundles []*Bundle     // none while the CA's own is below the floor
+	bundles []*Bundle     // one
 	changed chan struct{} // closed when there is another
 }
 
@@ -72,9 +72,6 @@ func NewCallers(o CallersOptions) *Callers {
 // bundles are the CA's. The slice stays the same while they do.
 func (c *Callers) bundles(before []*Bundle) []*Bundle {
 	b := c.ca.Bundle()
-	if b.Sequence < c.ca.Floor() {
-		return nil // the next one is being taken up
-	}
 	incarnation := b.Incarnation().String()
 	if len(before) == 1 && before[0].Sequence == b.Sequence && before[0].Incarnation == incarnation {
 		return before
@@ -240,7 +237,7 @@ func (c *Callers) look(changed bool) time.Duration {
 		}
 	}
 	before := c.trusted.Load()
-	if now := c.bundles(before.bundles); len(now) != len(before.bundles) || len(now) > 0 && now[0] != before.bundles[0] {
+	if now := c.bundles(before.bundles); now[0] != before.bundles[0] {
 		c.trusted.Store(&trusted{bundles: now, changed: make(chan struct{})})
 		close(before.changed)
 	}
@@ -365,6 +362,9 @@ func (s *session) String() string {
 func (s *session) Materials() (*Materials, <-chan struct{}) {
 	now := s.callers.trusted.Load()
 	m := &Materials{ID: s.caller.ID, Bundles: now.bundles}
+	if now.bundles[0].Sequence < s.callers.ca.Floor() {
+		m.Bundles = nil // the next one is being taken up
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.wants.SVID {
