@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"runtime"
 	"slices"
@@ -28,6 +29,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/issuer/istio"
+	"kedge/issuer/sds"
 	"kedge/test/machine"
 )
 
@@ -659,4 +661,49 @@ func TestAbuseOfSDSLeavesNothingBehind(t *testing.T) {
 	if n := strings.Count(d.log.String(), "a client did not take its secrets"); n > 200 {
 		t.Errorf("%d lines about refusals", n)
 	}
+}
+
+// deaf is a client's connection that can be cut: what it sends is lost, and nothing comes any more, as behind a broken network.
+type deaf struct {
+	net.Conn
+	cut chan struct{}
+}
+
+func (c *deaf) Write(b []byte) (int, error) {
+	select {
+	case <-c.cut:
+		return len(b), nil
+	default:
+		return c.Conn.Write(b)
+	}
+}
+
+// A client that vanished without a word is found out, and its streams end with their connection.
+func TestStreamsOfAClientThatVanishedEnd(t *testing.T) {
+	inBubble(t, doorOptions{connections: lasting(), patience: time.Hour}, func(t *testing.T, d *door, w *wire) {
+		cut := make(chan struct{})
+		conn, err := grpc.NewClient("passthrough:///door", grpc.WithTransportCredentials(credentials.NewTLS(d.tls())),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				conn, err := w.DialContext(ctx)
+				return &deaf{conn, cut}, err
+			}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		for range 10 {
+			s := subscribe(t, bearer(t.Context(), d.token(t)), conn, "", "ROOTCA")
+			s.next()
+			s.ack()
+		}
+		<-time.After(time.Second)
+		if n := d.envoys.Holdings()[sds.Holding{Incarnation: d.ca.Bundle().Incarnation().String(), Sequence: 1}]; n != 10 {
+			t.Fatalf("%d streams: %v", n, d.envoys.Holdings())
+		}
+		close(cut)
+		<-time.After(2 * time.Minute)
+		if held := d.envoys.Holdings(); len(held) != 0 {
+			t.Errorf("streams that are left: %v", held)
+		}
+	})
 }

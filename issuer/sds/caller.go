@@ -84,6 +84,9 @@ func (c *Callers) Open(ctx context.Context) (Source, error) {
 	id := reception.NewRequestID()
 	_ = grpc.SetHeader(ctx, metadata.Pairs(reception.RequestIDHeader, id)) // fails only after the header was sent
 	s, caller, err := c.open(ctx, id)
+	if errors.Is(err, errRetired) {
+		return nil, errRetired
+	}
 	if err != nil {
 		result, answer := reception.Refuse(id, err)
 		c.Metrics.SDSOpened(result)
@@ -131,13 +134,16 @@ func part(d time.Duration, least, most float64) time.Duration {
 	return time.Duration(float64(d) * (least + (most-least)*rand.Float64()))
 }
 
+// errRetired is for a client that is faster than the end of its connection, which has been explained to it.
+var errRetired = status.Error(codes.Unavailable, "this connection is about to end, with the client certificate that made it: come back on another")
+
 // enrol adds a session.
 func (c *Callers) enrol(s *session) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	through, _ := gate.ConnectionOf(s.ctx)
 	if _, ending := c.retired[through]; ending {
-		return ca.Unavailable(errors.New("the connection is about to end, with the client certificate that made it"))
+		return errRetired
 	}
 	key := connectionKey{through, s.caller.ID, s.caller.Holder}
 	s.connection = c.connections[key]
