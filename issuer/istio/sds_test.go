@@ -478,6 +478,31 @@ func TestAStreamEndsWithItsTokenAndIsResumedWithTheNext(t *testing.T) {
 	})
 }
 
+// An SVID that is kept for a stream that comes back is its holder's only: another pod of the same account that names it gets its own, with a key of its own.
+func TestWhoNamesTheSVIDOfAnotherGetsItsOwn(t *testing.T) {
+	inBubble(t, doorOptions{privateKeys: true, patience: time.Hour}, func(t *testing.T, d *door, w *wire) {
+		conn := w.dial(t, d)
+		ctx, end := context.WithCancel(bearer(t.Context(), d.token(t)))
+		s := subscribe(t, ctx, conn, "", "default")
+		first := d.pair(t, s.next()["default"])
+		s.ack()
+		<-time.After(time.Second)
+		end()
+		<-time.After(time.Second)
+		stranger := signToken(t, d.key, "RS256", "k1", with(goodClaims(), "kubernetes.io", map[string]any{"namespace": "ns1",
+			"serviceaccount": map[string]string{"name": "sa1", "uid": "u-sa"}, "pod": map[string]string{"name": "p2", "uid": "u-pod2"}}))
+		other := subscribe(t, bearer(t.Context(), stranger), conn, s.latest.VersionInfo, "default")
+		if got := d.pair(t, other.next()["default"]); got.Equal(first) {
+			t.Error("it has the SVID of another pod, and its key")
+		}
+		// Its holder needs no other, until then.
+		again := subscribe(t, bearer(t.Context(), d.token(t)), conn, s.latest.VersionInfo, "default", "ROOTCA")
+		if got := again.next(); got["default"] != nil && !d.pair(t, got["default"]).Equal(first) {
+			t.Error("its holder got another")
+		}
+	})
+}
+
 // With a client certificate the connection ends, too: on the same one the client would come with the same certificate.
 func TestAConnectionEndsWithItsClientCertificate(t *testing.T) {
 	forever := defaultConnections
