@@ -6,7 +6,10 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"encoding/binary"
 	"errors"
+	"slices"
+	"sync"
 	"testing"
 
 	"kedge/ca"
@@ -94,6 +97,51 @@ func TestWhatAHolderAcknowledgedOrPresentedIsInTheLedgerOnce(t *testing.T) {
 	cancel()
 	if err := f.ca.Acknowledged(ended, two.Number, two.Serial, 1); !errors.Is(err, context.Canceled) {
 		t.Errorf("after its time: %v", err)
+	}
+}
+
+// All streams acknowledge a new root in the same second, while others want certificates.
+func TestThousandsMayAcknowledgeAtOnce(t *testing.T) {
+	f := newFixture(t)
+	f.mustOpen(t)
+	one := f.stream(t, f.caller("/ns/default/sa/web"))
+	event, err := f.ledger.Event(t.Context(), one.Number)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const holders = 4096
+	issues := make([]ledger.Body, holders) // like it, but for their serials
+	for i := range issues {
+		issue := *event.Body.(*ledger.Issue)
+		issue.Serial = binary.BigEndian.AppendUint64(ledger.Serial{1}, uint64(i))
+		issues[i] = &issue
+	}
+	first := one.Number + 1
+	for batch := range slices.Chunk(issues, 256) {
+		if _, err := f.ledger.Append(t.Context(), batch...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var group sync.WaitGroup
+	for i, body := range issues {
+		group.Go(func() {
+			if err := f.ca.Acknowledged(t.Context(), first+uint64(i), body.(*ledger.Issue).Serial, 1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	f.mustIssue(t, f.caller("/ns/default/sa/other"), 0)
+	group.Wait()
+	held := map[uint64]uint64{}
+	rows, err := f.ledger.Holdings()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range rows {
+		held[row.Bundle] += row.Count
+	}
+	if held[0] != 1 || held[1] != holders+1 || len(held) != 2 {
+		t.Errorf("by bundle there are %v", held)
 	}
 }
 

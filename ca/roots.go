@@ -251,7 +251,7 @@ func (c *CA) unseen(a *authority) time.Time {
 const activationMargin = 5 * time.Minute
 
 // mayActivate says whether issuing CAs under a root may sign (I2): every holder of an unexpired certificate must have the root. Holders with a bundle that lacks it do
-// not, unless they showed a newer one; and what holders have that the ledger does not know, nobody can tell.
+// not, until they acknowledge a newer one, nor those of whom none is known (bundle 0); and what holders have that the ledger does not know, nobody can tell.
 func (c *CA) mayActivate(root *authority) error {
 	if root.record.State != ledger.StatePrepared {
 		return nil
@@ -290,8 +290,8 @@ func (c *CA) mayActivate(root *authority) error {
 	if last.IsZero() {
 		return nil
 	}
-	return fmt.Errorf("no issuing CA signs under the new root %s yet, and the old one goes on: %d unexpired certificates were handed over with a trust bundle that lacks it, "+
-		"and there may be others that this ledger does not know; the last of them ends at %s", root.short(), count, last.UTC().Format(time.RFC3339))
+	return fmt.Errorf("no issuing CA signs under the new root %s yet, and the old one goes on: the holders of %d unexpired certificates have a trust bundle that lacks it, "+
+		"or did not acknowledge any, and there may be others that this ledger does not know; the last of them ends at %s", root.short(), count, last.UTC().Format(time.RFC3339))
 }
 
 // mayCertify says whether an issuing CA that is certified now could sign, before the root is asked for one: Roots names first what Certify chains to.

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"fmt"
 	"math/big"
 	"net/url"
 	"strings"
@@ -214,7 +215,7 @@ func TestNoIssuingCASignsUnderARootThatSomebodyDoesNotHave(t *testing.T) {
 	root.set(func() { root.anchors = []*madeCA{next, anchor} })
 	f.clock.pass(2 * time.Hour)
 	f.chores(t)
-	if problems := f.problemsText(); !strings.Contains(problems, "1 unexpired certificates were handed over with a trust bundle that lacks it") {
+	if problems := f.problemsText(); !strings.Contains(problems, "the holders of 1 unexpired certificates have a trust bundle that lacks it") {
 		t.Errorf("the problems are %q", problems)
 	}
 	still := f.mustIssue(t, f.caller("/ns/default/sa/b"), time.Hour)
@@ -231,6 +232,56 @@ func TestNoIssuingCASignsUnderARootThatSomebodyDoesNotHave(t *testing.T) {
 	}
 	if now := f.mustIssue(t, f.caller("/ns/default/sa/c"), time.Hour); now.Authority == holder.Authority {
 		t.Error("the old issuing CA signs on")
+	}
+}
+
+// A certificate that went out by SDS says nothing of the bundle, though both were made at the same moment: its holder has to.
+func TestNoIssuingCASignsUnderARootBeforeTheStreamsAcknowledgedIt(t *testing.T) {
+	f, root, anchor := newMoving(t)
+	f.mustOpen(t)
+	f.clock.pass(f.issuing/2 - time.Hour)
+	caller := f.caller("/ns/default/sa/a")
+	one := f.stream(t, caller)
+	acknowledged := func(issued *ca.Issued, bundle uint64) {
+		t.Helper()
+		if err := f.ca.Acknowledged(t.Context(), issued.Number, issued.Serial, bundle); err != nil {
+			t.Error(err)
+		}
+	}
+	acknowledged(one, 1)
+	next := makeCA(t, f, "second root", nil, nil)
+	root.set(func() { root.anchors = []*madeCA{next, anchor} })
+	f.clock.pass(2 * time.Hour) // an issuing CA is due
+	f.chores(t)
+	waiting := func(when string, count int) {
+		t.Helper()
+		f.chores(t)
+		if problems := f.problemsText(); !strings.Contains(problems, fmt.Sprintf("the holders of %d unexpired certificates have a trust bundle that lacks it", count)) {
+			t.Errorf("%s: the problems are %q", when, problems)
+		}
+		if now := f.stream(t, f.caller("/ns/default/sa/b")); now.Authority != one.Authority {
+			t.Errorf("%s: another issuing CA signs already", when)
+		} else {
+			acknowledged(now, 2)
+		}
+	}
+	waiting("the old bundle", 1)
+	caller.Replaces = one.Number
+	renewed := f.stream(t, caller)
+	waiting("renewed, with the new bundle on its way", 2)
+	acknowledged(renewed, 0)
+	waiting("only the certificate is acknowledged", 1)
+	acknowledged(renewed, 2)
+	f.chores(t)
+	if problems := f.problemsText(); problems != "" {
+		t.Error(problems)
+	}
+	if now := f.stream(t, f.caller("/ns/default/sa/c")); now.Authority == one.Authority {
+		t.Error("the old issuing CA signs on")
+	}
+	report, err := f.ledger.Verify(t.Context())
+	if err != nil || len(report.Problems) > 0 {
+		t.Errorf("verify: %v %v", report.Problems, err)
 	}
 }
 

@@ -12,11 +12,12 @@ func samples(t testing.TB) []Body {
 	h := newHouse(t)
 	issue := h.issue(func(i *Issue) {
 		i.Names, i.FirstProof, i.Replaces, i.Token = []string{"localhost"}, &Proof{Method: "oidc", Time: 1}, 7, "t"
+		i.Delivery, i.Supersedes, i.Held = DeliverySDS, 6, 1
 	})
 	crl := bundle(2, 1)
 	crl.CRLs, crl.Reason = [][]byte{{1, 2}}, "test"
 	return []Body{
-		issue, &Confirm{Number: 4, Serial: issue.Serial, How: "sds-ack", Retires: 2}, h.ca, move(h.ca.ID, StateActive, StateRetired), crl,
+		issue, &Confirm{Number: 4, Serial: issue.Serial, How: "sds-ack", Retires: 2, Bundle: 7}, h.ca, move(h.ca.ID, StateActive, StateRetired), crl,
 		&Token{ID: "t", SPIFFEID: "spiffe://cluster.local/x", Expires: 77, Reusable: true, By: "uid=0"},
 		&Revoke{Serial: issue.Serial, Number: 4, NotAfter: 99, Reason: "lost", By: "uid=0"},
 		&Waiver{Gate: "clock", From: 1, To: 2, Reason: "test", By: "uid=0"},

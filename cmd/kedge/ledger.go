@@ -159,7 +159,11 @@ func describe(e admin.Event) string {
 		}
 		return text
 	case e.Confirm != nil:
-		return fmt.Sprintf("the holder has number %d (%s)", e.Confirm.Number, e.Confirm.How)
+		text := fmt.Sprintf("the holder has number %d (%s)", e.Confirm.Number, e.Confirm.How)
+		if e.Confirm.Bundle > 0 {
+			text += fmt.Sprintf("  and trust bundle %d", e.Confirm.Bundle)
+		}
+		return text
 	case e.Authority != nil:
 		text := fmt.Sprintf("%s  %s → %s", short(e.Authority.ID), e.Authority.From, e.Authority.To)
 		if e.Authority.Tainted {
@@ -257,7 +261,7 @@ func showEvent(c *cobra.Command, e admin.Event) error {
 	table.row("key SHA-256", i.Key.String())
 	table.row("valid", fmt.Sprintf("%s to %s", i.NotBefore, people(i.NotAfter.Time())))
 	table.row("signed by", i.Authority.String())
-	table.row("bundle", fmt.Sprintf("sequence %d", i.Bundle))
+	table.row("bundle", bundleText(i))
 	table.row("profile", i.Profile)
 	for _, p := range i.Proofs {
 		table.row("proof", strings.TrimSpace(fmt.Sprintf("%s %s %s at %s", p.Method, p.Issuer, p.Subject, p.Time)))
@@ -282,6 +286,17 @@ func showEvent(c *cobra.Command, e admin.Event) error {
 		table.row("peer", i.Peer)
 	}
 	return table.Flush()
+}
+
+// bundleText says which trust bundle went out with a certificate, or what is known of its holder's when it goes out by itself.
+func bundleText(i *ledger.Issue) string {
+	switch {
+	case i.Delivery != ledger.DeliverySDS:
+		return fmt.Sprintf("sequence %d", i.Bundle)
+	case i.Held == 0:
+		return fmt.Sprintf("sequence %d, by SDS; it was not known yet which one the holder has", i.Bundle)
+	}
+	return fmt.Sprintf("sequence %d, by SDS; the holder had %d", i.Bundle, i.Held)
 }
 
 func newLedgerCountCommand(t *target) *cobra.Command {

@@ -103,3 +103,35 @@ func TestARetiredConnectionEndsOnceItIsNotBusy(t *testing.T) {
 }
 
 type gated = conn
+
+// One peer may have as many streams as are still free, and always some; another finds room.
+func TestAPeerHasNoMoreStreamsThanItsShare(t *testing.T) {
+	t.Parallel()
+	p := newPort(t, Options{MaxStreams: 2 * fairStreams, Streams: func(method string) bool { return method == grpc_health_v1.Health_Watch_FullMethodName }})
+	watch := func(conn *grpc.ClientConn) error {
+		w, err := grpc_health_v1.NewHealthClient(conn).Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+		if err != nil {
+			return err
+		}
+		_, err = w.Recv()
+		return err
+	}
+	conn, refused := p.client(t, "127.0.0.1"), 0
+	for range 2 * fairStreams {
+		if err := watch(conn); status.Code(err) == codes.Unavailable {
+			refused++
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if refused != fairStreams {
+		t.Errorf("%d were refused", refused)
+	}
+	if p.count(RefusedStream) != refused {
+		t.Errorf("%d were counted", p.count(RefusedStream))
+	}
+	p.log.await(t, "a stream was refused")
+	if err := watch(p.client(t, "127.0.0.2")); err != nil {
+		t.Errorf("another peer: %v", err)
+	}
+}

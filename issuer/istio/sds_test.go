@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"runtime"
 	"slices"
@@ -28,6 +29,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/ledger"
 	"kedge/issuer/istio"
+	"kedge/issuer/sds"
 	"kedge/test/machine"
 )
 
@@ -258,10 +260,11 @@ func TestWithoutPrivateKeysThereAreBundlesAndAReason(t *testing.T) {
 	}
 }
 
-// Whoever would get no certificate gets no stream, in the same words; and a join token is for a CSR: a stream does not spend it.
-func TestAStreamIsRefusedAsACSRIs(t *testing.T) {
+// TestEachRefusedStreamEndsAsTheDocsPromise holds docs/refusals.md against the door, both ways: whoever would get no certificate gets no stream, in the same words; and a join token is for a
+// CSR: a stream does not spend it.
+func TestEachRefusedStreamEndsAsTheDocsPromise(t *testing.T) {
 	t.Parallel()
-	d := openDoorWith(t, doorOptions{privateKeys: true})
+	d := openDoor(t, nil)
 	conn := d.connect(t, nil)
 	join, record, err := d.join.Create(spiffeid.RequireFromString(mine), time.Hour, false)
 	if err != nil {
@@ -271,23 +274,48 @@ func TestAStreamIsRefusedAsACSRIs(t *testing.T) {
 	if _, err := d.ledger.Append(t.Context(), &record); err != nil {
 		t.Fatal(err)
 	}
-	for name, c := range map[string]struct {
-		tokens []string
-		code   codes.Code
-		reason string
+	many := make([]string, 10_000)
+	for i := range many {
+		many[i] = fmt.Sprint(i)
+	}
+	roots := &discovery.DiscoveryRequest{ResourceNames: []string{"ROOTCA"}}
+	good := []string{d.token(t)}
+	calls := map[string]struct {
+		tokens  []string
+		request *discovery.DiscoveryRequest
+		reason  string // in the log
 	}{
-		"no proof":       {nil, codes.Unauthenticated, "neither a token nor a client certificate"},
-		"no good token":  {[]string{"x.y.z"}, codes.Unauthenticated, "token:"},
-		"expired":        {[]string{signToken(t, d.key, "RS256", "k1", with(goodClaims(), "exp", time.Now().Add(-time.Hour).Unix()))}, codes.Unauthenticated, "it expired at"},
-		"two tokens":     {[]string{d.token(t), d.token(t)}, codes.Unauthenticated, "there are 2 authorization headers"},
-		"a join token":   {[]string{join}, codes.PermissionDenied, "a join token opens no stream"},
-		"not this cloud": {[]string{signToken(t, d.key, "RS256", "k1", with(goodClaims(), "aud", "other"))}, codes.Unauthenticated, "its audience"},
-	} {
-		err := subscribe(t, bearer(t.Context(), c.tokens...), conn, "", "ROOTCA").ends()
-		if status.Code(err) != c.code || !strings.Contains(err.Error(), "the CA's log says why (request id ") {
-			t.Errorf("%s: %v", name, err)
+		"a stream without credentials":                        {nil, roots, "neither a token nor a client certificate"},
+		"a stream with an expired token":                      {[]string{signToken(t, d.key, "RS256", "k1", with(goodClaims(), "exp", time.Now().Add(-time.Hour).Unix()))}, roots, "it expired at"},
+		"a stream with a join token":                          {[]string{join}, roots, "a join token opens no stream"},
+		"a stream for an SVID alone, without sds.privateKeys": {good, &discovery.DiscoveryRequest{ResourceNames: []string{"default"}}, "hands out no private keys"},
+		"a stream for another type than secrets":              {good, &discovery.DiscoveryRequest{TypeUrl: "type.googleapis.com/envoy.config.cluster.v3.Cluster"}, "is not served here"},
+		"a stream for ten thousand names":                     {good, &discovery.DiscoveryRequest{ResourceNames: many}, "10000 names"},
+		"a stream for a name of more than 2048 octets":        {good, &discovery.DiscoveryRequest{ResourceNames: []string{strings.Repeat("a", 2049)}}, "more than 2048 octets"},
+	}
+	promises := readPromises(t, true)
+	for name := range promises {
+		if _, ok := calls[name]; !ok {
+			t.Errorf("docs/refusals.md promises something for %q, which is not tested", name)
 		}
-		d.await(t, "an SDS stream is refused", c.reason)
+	}
+	for name, c := range calls {
+		want, ok := promises[name]
+		if !ok {
+			t.Errorf("docs/refusals.md does not say what happens to %s", name)
+		}
+		wire, err := secret.NewSecretDiscoveryServiceClient(conn).StreamSecrets(bearer(t.Context(), c.tokens...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := wire.Send(c.request); err != nil {
+			t.Fatal(err)
+		}
+		_, err = wire.Recv()
+		if status.Code(err) != want.code || !strings.Contains(err.Error(), want.says) || len(err.Error()) > maxText {
+			t.Errorf("%s: %v; promised is %s %q", name, err, want.code, want.says)
+		}
+		d.await(t, c.reason)
 	}
 	if err := d.ledger.Redeemable(record.ID); err != nil {
 		t.Errorf("the join token: %v", err)
@@ -337,7 +365,23 @@ func TestAcknowledgementsAreEvidenceForTheHolderOfTheConnection(t *testing.T) {
 	d.awaitState(t, number, func(s ledger.IssueState) bool { return s.Bundle == d.ca.Bundle().Sequence })
 }
 
-// client is a client certificate of the CA, as a VM has one.
+// No bundle below the floor is sent, from the moment that the floor is durable.
+func TestNoBundleBelowTheFloorIsSent(t *testing.T) {
+	t.Parallel()
+	d := openDoor(t, nil)
+	b := d.ca.Bundle().Record()
+	if _, err := d.ledger.Append(t.Context(), &ledger.Bundle{TrustDomain: td.Name(), Sequence: b.Sequence + 1, SHA256: b.SHA256, Roots: b.Roots, Floor: b.Sequence + 1}); err != nil {
+		t.Fatal(err)
+	}
+	s := subscribe(t, bearer(t.Context(), d.token(t)), d.connect(t, nil), "", "ROOTCA")
+	d.clientCertificate(t, bearer(t.Context(), d.token(t)), d.api(t, nil)) // an issue makes the CA take the next bundle up
+	s.next()
+	if !strings.Contains(s.latest.VersionInfo, "-2.") {
+		t.Errorf("the first bundle that was sent has the version %s", s.latest.VersionInfo)
+	}
+}
+
+// clientCertificate is a client certificate of the CA, as a VM has one.
 func (d *door) clientCertificate(t *testing.T, ctx context.Context, api pb.IstioCertificateServiceClient) (*tls.Certificate, *x509.Certificate) {
 	t.Helper()
 	key := newKey(t)
@@ -430,6 +474,31 @@ func TestAStreamEndsWithItsTokenAndIsResumedWithTheNext(t *testing.T) {
 		}
 		if n != 1 {
 			t.Errorf("%d SVIDs were issued", n)
+		}
+	})
+}
+
+// An SVID that is kept for a stream that comes back is its holder's only: another pod of the same account that names it gets its own, with a key of its own.
+func TestWhoNamesTheSVIDOfAnotherGetsItsOwn(t *testing.T) {
+	inBubble(t, doorOptions{privateKeys: true, patience: time.Hour}, func(t *testing.T, d *door, w *wire) {
+		conn := w.dial(t, d)
+		ctx, end := context.WithCancel(bearer(t.Context(), d.token(t)))
+		s := subscribe(t, ctx, conn, "", "default")
+		first := d.pair(t, s.next()["default"])
+		s.ack()
+		<-time.After(time.Second)
+		end()
+		<-time.After(time.Second)
+		stranger := signToken(t, d.key, "RS256", "k1", with(goodClaims(), "kubernetes.io", map[string]any{"namespace": "ns1",
+			"serviceaccount": map[string]string{"name": "sa1", "uid": "u-sa"}, "pod": map[string]string{"name": "p2", "uid": "u-pod2"}}))
+		other := subscribe(t, bearer(t.Context(), stranger), conn, s.latest.VersionInfo, "default")
+		if got := d.pair(t, other.next()["default"]); got.Equal(first) {
+			t.Error("it has the SVID of another pod, and its key")
+		}
+		// Its holder needs no other, until then.
+		again := subscribe(t, bearer(t.Context(), d.token(t)), conn, s.latest.VersionInfo, "default", "ROOTCA")
+		if got := again.next(); got["default"] != nil && !d.pair(t, got["default"]).Equal(first) {
+			t.Error("its holder got another")
 		}
 	})
 }
@@ -617,4 +686,49 @@ func TestAbuseOfSDSLeavesNothingBehind(t *testing.T) {
 	if n := strings.Count(d.log.String(), "a client did not take its secrets"); n > 200 {
 		t.Errorf("%d lines about refusals", n)
 	}
+}
+
+// deaf is a client's connection that can be cut: what it sends is lost, and nothing comes any more, as behind a broken network.
+type deaf struct {
+	net.Conn
+	cut chan struct{}
+}
+
+func (c *deaf) Write(b []byte) (int, error) {
+	select {
+	case <-c.cut:
+		return len(b), nil
+	default:
+		return c.Conn.Write(b)
+	}
+}
+
+// A client that vanished without a word is found out, and its streams end with their connection.
+func TestStreamsOfAClientThatVanishedEnd(t *testing.T) {
+	inBubble(t, doorOptions{connections: lasting(), patience: time.Hour}, func(t *testing.T, d *door, w *wire) {
+		cut := make(chan struct{})
+		conn, err := grpc.NewClient("passthrough:///door", grpc.WithTransportCredentials(credentials.NewTLS(d.tls())),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				conn, err := w.DialContext(ctx)
+				return &deaf{conn, cut}, err
+			}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		for range 10 {
+			s := subscribe(t, bearer(t.Context(), d.token(t)), conn, "", "ROOTCA")
+			s.next()
+			s.ack()
+		}
+		<-time.After(time.Second)
+		if n := d.envoys.Holdings()[sds.Holding{Incarnation: d.ca.Bundle().Incarnation().String(), Sequence: 1}]; n != 10 {
+			t.Fatalf("%d streams: %v", n, d.envoys.Holdings())
+		}
+		close(cut)
+		<-time.After(2 * time.Minute)
+		if held := d.envoys.Holdings(); len(held) != 0 {
+			t.Errorf("streams that are left: %v", held)
+		}
+	})
 }

@@ -56,7 +56,7 @@ type CallersOptions struct {
 
 // trusted is what all streams share. It never changes.
 type trusted struct {
-	bundles []*Bundle     // none while the CA's own is below the floor
+	bundles []*Bundle     // one
 	changed chan struct{} // closed when there is another
 }
 
@@ -72,9 +72,6 @@ func NewCallers(o CallersOptions) *Callers {
 // bundles are the CA's. The slice stays the same while they do.
 func (c *Callers) bundles(before []*Bundle) []*Bundle {
 	b := c.ca.Bundle()
-	if b.Sequence < c.ca.Floor() {
-		return nil // the next one is being taken up
-	}
 	incarnation := b.Incarnation().String()
 	if len(before) == 1 && before[0].Sequence == b.Sequence && before[0].Incarnation == incarnation {
 		return before
@@ -87,6 +84,9 @@ func (c *Callers) Open(ctx context.Context) (Source, error) {
 	id := reception.NewRequestID()
 	_ = grpc.SetHeader(ctx, metadata.Pairs(reception.RequestIDHeader, id)) // fails only after the header was sent
 	s, caller, err := c.open(ctx, id)
+	if errors.Is(err, errRetired) {
+		return nil, errRetired
+	}
 	if err != nil {
 		result, answer := reception.Refuse(id, err)
 		c.Metrics.SDSOpened(result)
@@ -134,13 +134,16 @@ func part(d time.Duration, least, most float64) time.Duration {
 	return time.Duration(float64(d) * (least + (most-least)*rand.Float64()))
 }
 
+// errRetired is for a client that is faster than the end of its connection, which has been explained to it.
+var errRetired = status.Error(codes.Unavailable, "this connection is about to end, with the client certificate that made it: come back on another")
+
 // enrol adds a session.
 func (c *Callers) enrol(s *session) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	through, _ := gate.ConnectionOf(s.ctx)
 	if _, ending := c.retired[through]; ending {
-		return ca.Unavailable(errors.New("the connection is about to end, with the client certificate that made it"))
+		return errRetired
 	}
 	key := connectionKey{through, s.caller.ID, s.caller.Holder}
 	s.connection = c.connections[key]
@@ -240,7 +243,7 @@ func (c *Callers) look(changed bool) time.Duration {
 		}
 	}
 	before := c.trusted.Load()
-	if now := c.bundles(before.bundles); len(now) != len(before.bundles) || len(now) > 0 && now[0] != before.bundles[0] {
+	if now := c.bundles(before.bundles); now[0] != before.bundles[0] {
 		c.trusted.Store(&trusted{bundles: now, changed: make(chan struct{})})
 		close(before.changed)
 	}
@@ -365,6 +368,9 @@ func (s *session) String() string {
 func (s *session) Materials() (*Materials, <-chan struct{}) {
 	now := s.callers.trusted.Load()
 	m := &Materials{ID: s.caller.ID, Bundles: now.bundles}
+	if now.bundles[0].Sequence < s.callers.ca.Floor() {
+		m.Bundles = nil // the next one is being taken up
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.wants.SVID {

@@ -66,9 +66,6 @@ func Resource(name string) string {
 	return "spiffe-id"
 }
 
-// Resources are all that Resource returns.
-var Resources = []string{NameSVID, NameBundle, NameAllBundles, "spiffe-id", "trust-domain"}
-
 // The ids of contents. A client names them when it comes back, so that it is known what it has.
 
 func svidID(svid *SVID) string { return "s-" + serialOf(svid) }

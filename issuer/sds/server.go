@@ -48,16 +48,14 @@ type Options struct {
 	Metrics  Metrics         // default: nothing is counted
 }
 
-// Metrics is what counts. resource is one of Resources.
+// Metrics is what counts. resource is what Resource says of a name.
 type Metrics interface {
-	SDSStream(kind string, more int) // one of Kinds began (1) or ended (-1)
+	SDSStream(kind string, more int) // one began (1) or ended (-1)
 	SDSPushed(resource string)       // a secret was sent
 	SDSAnswered(resource string, took bool)
 }
 
-// Kinds are the kinds of streams.
-var Kinds = []string{kindState, kindDelta}
-
+// The kinds of streams.
 const (
 	kindState = "state-of-the-world"
 	kindDelta = "delta"
@@ -76,7 +74,6 @@ type Server struct {
 	bundles  atomic.Pointer[bundleSecrets] // made last
 
 	mu      sync.Mutex
-	streams int
 	holding map[Holding]int // streams by the bundle that they acknowledged last
 }
 
@@ -98,6 +95,9 @@ func New(o Options) *Server {
 	}
 	if s.metrics == nil {
 		s.metrics = noMetrics{}
+	}
+	for _, kind := range []string{kindState, kindDelta} {
+		s.metrics.SDSStream(kind, 0) // what can be counted is there from the start
 	}
 	return s
 }

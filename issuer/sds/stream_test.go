@@ -482,3 +482,31 @@ func TestAFloodOfRequestsIsSlowedDown(t *testing.T) {
 		s.ask("ROOTCA").next()
 	})
 }
+
+// A client that opens a stream and never reads what comes, nor what comes on the connection after it, holds no goroutine and no stream for longer than it may be silent.
+func TestAClientThatNeverReadsIsEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		large := bundle(td, "a", 1)
+		large.PEM = strings.Repeat(large.PEM, 1000) // much more than a client takes unread
+		shelf := newShelf(materials(large, nil))
+		server, client, _ := serve(t, sds.Options{Opener: shelf})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		for range 10 {
+			wire, err := client.StreamSecrets(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			(&state{t: t, wire: wire}).ask("ROOTCA", "ALL")
+		}
+		synctest.Wait()
+		if n := server.Holdings()[sds.Holding{}]; n != 10 {
+			t.Fatalf("%d streams", n)
+		}
+		<-time.After(2 * time.Minute)
+		synctest.Wait()
+		if held := server.Holdings(); len(held) != 0 || shelf.closed != 10 {
+			t.Errorf("streams that are left: %v; %d were ended", held, shelf.closed)
+		}
+	})
+}
