@@ -115,7 +115,7 @@ func (i *identity) keep(ctx context.Context) {
 			tried = ""
 			err := i.renew(ctx)
 			first, longest := firstRetry, longestRetry
-			if isRefusal(err) || errors.Is(err, errClock) {
+			if staysWrong(err) {
 				first, longest, tried = firstRefusal, longestRefusal, reads
 			}
 			switch {
@@ -346,6 +346,11 @@ func isRefusal(err error) bool {
 		return true
 	}
 	return errors.Is(err, istio.ErrUntrusted)
+}
+
+// staysWrong says whether asking again soon is of no use. What is no status is of this machine, or about an answer that is no good: a certificate that was issued for nothing.
+func staysWrong(err error) bool {
+	return isRefusal(err) || status.Code(err) == codes.Unknown
 }
 
 // serverRoots are those that the CA's server must prove itself under: the certificates of the file. When one of them is in the trust bundle, the file is the CA's own trust

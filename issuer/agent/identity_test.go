@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -8,6 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"kedge/issuer/istio"
 	"kedge/issuer/sds"
 )
 
@@ -173,6 +175,19 @@ func TestARefusalIsRepeatedSlowlyUntilSomethingElseIsGiven(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestAnAnswerThatIsNoGoodIsNotAskedForInALoop: the CA issues a certificate each time.
+func TestAnAnswerThatIsNoGoodIsNotAskedForInALoop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, time.Hour)
+		b.ca.refusing(func(shown) error { return fmt.Errorf("what the CA sent is not used: %w", istio.ErrUnverified) })
+		b.start(t)
+		pass(time.Hour)
+		if n := len(b.ca.asked()); n < 12 || n > 35 {
+			t.Errorf("in an hour the CA was asked %d times", n)
+		}
+	})
 }
 
 // TestATokenIsShownOnceAndTheSVIDProvesItsHolderAfterThat: a join token serves once. One that has been replaced, as the kubelet does, is shown together with the SVID.
