@@ -10,7 +10,6 @@ import (
 	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secret "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
-	rpc "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -173,7 +172,7 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 			news, err := i.hear(response)
 			if err != nil {
 				i.log.Error("a trust bundle from the CA is not taken", "error", err)
-				refusal := &rpc.Status{Code: int32(codes.InvalidArgument), Message: err.Error()}
+				refusal := status.New(codes.InvalidArgument, err.Error()).Proto()
 				if err := stream.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: sds.SecretType, ResponseNonce: response.Nonce, ErrorDetail: refusal}); err != nil {
 					continue // Recv says why
 				}
