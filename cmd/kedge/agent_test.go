@@ -575,6 +575,9 @@ workloads: [{tokenFile: %s, sockets: [{path: s}], files: {dir: svid, rereadAfter
 	if n := len(issues(t, k, "ns/default/sa/web")); n != 1 {
 		t.Errorf("a new trust bundle made %d SVIDs", n)
 	}
+	if n := strings.Count(process.Read(t, agent.log), "the CA has a new trust bundle"); n != 1 {
+		t.Errorf("there was one new trust bundle, and %d were taken: what comes with the SVID has the same number as what comes on the stream", n)
+	}
 	k.Stop(t)
 	if strings.Contains(k.Log(), "refused") {
 		t.Errorf("something was refused:\n%s", k.Log())
