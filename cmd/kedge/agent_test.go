@@ -584,6 +584,29 @@ workloads: [{tokenFile: %s, sockets: [{path: s}], files: {dir: svid, rereadAfter
 	}
 }
 
+// TestARenewalLosesNothingOfWhatTheLedgerKnowsOfAnAgent: the next SVID begins under the trust bundle that was acknowledged for the one before, and retires it.
+func TestARenewalLosesNothingOfWhatTheLedgerKnowsOfAnAgent(t *testing.T) {
+	t.Parallel()
+	k := process.New(t, shortLived)
+	k.Start(t)
+	b := newBeside(t, k)
+	b.front.lead(k.Status(t).CSRAddress)
+	b.launch(t, fmt.Sprintf("server: %s\nrootFile: root.pem\nconsumerGrace: 0s\nworkloads: [{tokenFile: %s, sockets: [{path: s}]}]\n",
+		b.front.address, b.token(t, k, "ns/default/sa/web")))
+	process.Eventually(t, "an SVID that retires one", func() error {
+		issued := map[uint64]*ledger.Issue{}
+		for _, event := range k.Export(t) {
+			if event.Issue != nil && event.Issue.SPIFFEID == "spiffe://cluster.local/ns/default/sa/web" {
+				issued[event.Number] = event.Issue
+			}
+			if c := event.Confirm; c != nil && c.Retires != 0 && issued[c.Number].Held == 1 && issued[c.Number].Replaces == c.Retires {
+				return nil
+			}
+		}
+		return fmt.Errorf("there is none among %d", len(issued))
+	})
+}
+
 // TestAnEnvoyWaitsAtTheSocketForItsSecrets: the stream is open before the CA is there.
 func TestAnEnvoyWaitsAtTheSocketForItsSecrets(t *testing.T) {
 	t.Parallel()
