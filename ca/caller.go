@@ -27,6 +27,8 @@ type Caller struct {
 	Replaces uint64        // number of the issue that the new certificate follows; 0: none
 	// Presented is set when a client certificate of this CA was presented: its holder evidently has it.
 	Presented *Presented
+	// Until is when the first of Proofs stops being one, as a token or a client certificate expires. What outlives a call, such as a stream, ends by then.
+	Until     time.Time
 	JoinToken string    // id of the join token that this call spends; "": none
 	IssuedAt  time.Time // when a token issuer outside this process signed the token; zero: no such token. It corroborates the clock (I8)
 	Peer      string    // network address

@@ -34,9 +34,9 @@ type ClientCertificates struct {
 
 // judged is what was found of a certificate and does not change while the same issuing CAs count: its form, its signature, and what the ledger recorded of it.
 type judged struct {
-	proven      ClientCertificate // at no particular time
-	under       *clientIssuers
-	from, until time.Time // in which the certificate and its issuer are valid (RFC 5280 4.1.2.5)
+	proven ClientCertificate // at no particular time
+	under  *clientIssuers
+	from   time.Time // from which on the certificate and its issuer are valid; they are until proven.Until (RFC 5280 4.1.2.5)
 }
 
 // clientIssuers are the CA certificates whose leaves may be callers, and the keys whose signatures prove nothing.
@@ -63,7 +63,8 @@ type ClientCertificate struct {
 	Holder ledger.Holder // who holds it, and will hold its successor
 	Number uint64        // of its Issue event; 0: the ledger has none
 	Serial ledger.Serial
-	Own    bool // this CA issued it
+	Own    bool      // this CA issued it
+	Until  time.Time // when it, or its issuer, expires
 
 	token string // id of the join token that it was issued for; "": none
 }
@@ -151,7 +152,7 @@ func (c *ClientCertificates) recall(leaf *x509.Certificate, now time.Time) *judg
 		return nil
 	}
 	found := value.(*judged)
-	if found.under != c.issuers.Load() || now.Before(found.from) || now.After(found.until) {
+	if found.under != c.issuers.Load() || now.Before(found.from) || now.After(found.proven.Until) {
 		return nil
 	}
 	return found
@@ -181,8 +182,9 @@ func (c *ClientCertificates) judge(ctx context.Context, leaf *x509.Certificate, 
 			ID: id, Serial: serial, Own: issuer.own,
 			Proof:  ledger.Proof{Method: MethodClientCertificate, Issuer: issuer.id.String(), Subject: serial.String()},
 			Holder: ledger.Holder{Kind: "lineage", ID: serial.String()},
+			Until:  earlier(leaf.NotAfter, issuer.cert.NotAfter),
 		},
-		under: issuers, from: later(leaf.NotBefore, issuer.cert.NotBefore), until: earlier(leaf.NotAfter, issuer.cert.NotAfter),
+		under: issuers, from: later(leaf.NotBefore, issuer.cert.NotBefore),
 	}
 	if issuer.own {
 		err = c.lineage(ctx, leaf, &found.proven, issuers.know(issuer.key, ledger.At(leaf.NotBefore)))

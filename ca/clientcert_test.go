@@ -207,7 +207,7 @@ func TestAnOwnCertificateProvesWhatTheLedgerSaysOfIt(t *testing.T) {
 		ID:     spiffeid.RequireFromString("spiffe://example.org/ns/prod/sa/web"),
 		Proof:  ledger.Proof{Method: MethodClientCertificate, Issuer: AuthorityID(c.own.cert).String(), Subject: serial.String(), Time: ledger.At(c.now)},
 		First:  &ledger.Proof{Method: MethodKubernetes, Issuer: "k", Subject: "s", Time: ledger.At(c.now)},
-		Holder: ledger.Holder{Kind: "pod", ID: "uid-1"}, Number: number, Serial: serial, Own: true,
+		Holder: ledger.Holder{Kind: "pod", ID: "uid-1"}, Number: number, Serial: serial, Own: true, Until: leaf.NotAfter,
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"kedge/ca/ledger"
 )
@@ -101,12 +102,13 @@ type lineage struct {
 	ca      *CA
 	line    []Successor // in order of their numbers
 	numbers map[uint64]bool
+	serials map[string]bool
 	next    uint64 // number up to which the ledger was read
 }
 
 // lineageOf finds a certificate and, in one scan from its number on, what follows on it.
 func (c *CA) lineageOf(ctx context.Context, serial ledger.Serial) (*lineage, error) {
-	l := &lineage{ca: c, numbers: map[uint64]bool{}}
+	l := &lineage{ca: c, numbers: map[uint64]bool{}, serials: map[string]bool{}}
 	for event, err := range c.ledger.Events(ctx, ledger.Filter{Types: []ledger.Type{ledger.TypeIssue}, Serial: serial, Limit: 1}) {
 		if err != nil {
 			return nil, fmt.Errorf("looking the serial %s up: %w", serial, err)
@@ -120,8 +122,13 @@ func (c *CA) lineageOf(ctx context.Context, serial ledger.Serial) (*lineage, err
 	return l, l.scan(ctx)
 }
 
+// proves says whether an issue was had with one of the certificates, such as an SVID of an SDS stream, which replaces none.
+func (l *lineage) proves(issue *ledger.Issue) bool {
+	return slices.ContainsFunc(issue.Proofs, func(p ledger.Proof) bool { return p.Method == MethodClientCertificate && l.serials[p.Subject] })
+}
+
 func (l *lineage) add(number uint64, issue *ledger.Issue) {
-	l.numbers[number] = true
+	l.numbers[number], l.serials[issue.Serial.String()] = true, true
 	l.line = append(l.line, Successor{Number: number, Serial: issue.Serial, NotAfter: issue.NotAfter})
 }
 
@@ -135,7 +142,7 @@ func (l *lineage) scan(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("looking for what follows on the certificate %s: %w", l.line[0].Serial, err)
 		}
-		if issue := event.Body.(*ledger.Issue); l.numbers[issue.Replaces] || l.numbers[issue.Supersedes] {
+		if issue := event.Body.(*ledger.Issue); l.numbers[issue.Replaces] || l.numbers[issue.Supersedes] || l.proves(issue) {
 			l.add(event.Number, issue)
 		}
 	}

@@ -32,7 +32,48 @@ const (
 //
 // Files of these names that are no set, such as those of another program, are taken over: they become one as they are, and then change at
 // one instant too. What a crash left behind is removed. Writers of one folder take turns.
-func WriteSet(dir string, files map[string][]byte) (err error) {
+func WriteSet(dir string, files map[string][]byte) error { return WriteSetFor(Private, dir, files) }
+
+// Access is who may read the files of a set.
+type Access struct {
+	Mode  fs.FileMode // of the files; who may read them may enter their folders
+	Group int         // whose they are; -1: the process's own
+}
+
+// Private lets nobody read but the process's own user.
+var Private = Access{Mode: 0o600, Group: -1}
+
+// folder is the mode of folders.
+func (a Access) folder() fs.FileMode { return 0o700 | a.Mode&0o055 | a.Mode&0o044>>2 }
+
+// grant gives a file or folder, which is this user's, its mode and group.
+func (a Access) grant(path string, mode fs.FileMode) error {
+	if a == Private {
+		return nil
+	}
+	if a.Group >= 0 {
+		if err := os.Chown(path, -1, a.Group); err != nil {
+			return err
+		}
+	}
+	return os.Chmod(path, mode) // after chown, which may drop bits
+}
+
+// admit lets those who may read the files enter the folder that they are in, which may be somebody else's.
+func (a Access) admit(dir string) error {
+	var before unix.Stat_t
+	if err := unix.Stat(dir, &before); err != nil || a == Private {
+		return err
+	}
+	mode := fs.FileMode(before.Mode) & fs.ModePerm
+	if mode&a.folder() == a.folder() && (a.Group < 0 || int(before.Gid) == a.Group || mode&0o005 == 0o005) {
+		return nil
+	}
+	return a.grant(dir, mode|a.folder())
+}
+
+// WriteSetFor is WriteSet with files that others may read.
+func WriteSetFor(access Access, dir string, files map[string][]byte) (err error) {
 	if err := MakeFolder(dir); err != nil {
 		return err
 	}
@@ -49,7 +90,10 @@ func WriteSet(dir string, files map[string][]byte) (err error) {
 	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("waiting for its other writers: flock: %w", err)
 	}
-	s := &set{dir: dir, folder: folder, files: files}
+	if err := access.admit(dir); err != nil {
+		return fmt.Errorf("letting others in: %w", err)
+	}
+	s := &set{dir: dir, folder: folder, files: files, access: access}
 	if err := s.clean(); err != nil {
 		return err
 	}
@@ -97,6 +141,7 @@ type set struct {
 	dir    string
 	folder *os.File          // dir
 	files  map[string][]byte // what it shall be
+	access Access
 }
 
 func (s *set) path(name string) string { return filepath.Join(s.dir, name) }
@@ -180,7 +225,7 @@ func (s *set) show(files map[string][]byte) error {
 	if err != nil {
 		return err
 	}
-	if err := fillFolder(dir, files); err != nil {
+	if err := s.fillFolder(dir, files); err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}
 	if err := s.folder.Sync(); err != nil { // the version and the links are there before anybody is led to them
@@ -192,7 +237,7 @@ func (s *set) show(files map[string][]byte) error {
 	return s.folder.Sync()
 }
 
-func fillFolder(dir string, files map[string][]byte) error {
+func (s *set) fillFolder(dir string, files map[string][]byte) error {
 	for name, data := range files {
 		file, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
@@ -201,6 +246,12 @@ func fillFolder(dir string, files map[string][]byte) error {
 		if err := fill(file, data); err != nil {
 			return err
 		}
+		if err := s.access.grant(file.Name(), s.access.Mode); err != nil {
+			return err
+		}
+	}
+	if err := s.access.grant(dir, s.access.folder()); err != nil {
+		return err
 	}
 	return SyncFolder(dir)
 }

@@ -318,6 +318,41 @@ func TestNoReaderSeesAMixedSet(t *testing.T) {
 }
 
 // TestWritersTakeTurns: however many write at once, the set is one of theirs.
+// TestASetIsForThoseWhoMayReadIt: its files, and the way to them. Nobody else gets further than before.
+func TestASetIsForThoseWhoMayReadIt(t *testing.T) {
+	t.Parallel()
+	group := os.Getegid()
+	for _, c := range []struct {
+		access                atomicfile.Access
+		before, file, version fs.FileMode // before: of the folder; 0: it is made
+		dir                   fs.FileMode
+	}{
+		{atomicfile.Private, 0, 0o600, 0o700, 0o700},
+		{atomicfile.Private, 0o777, 0o600, 0o700, 0o777},
+		{atomicfile.Access{Mode: 0o640, Group: group}, 0, 0o640, 0o750, 0o750},
+		{atomicfile.Access{Mode: 0o440, Group: -1}, 0o700, 0o440, 0o750, 0o750},
+		{atomicfile.Access{Mode: 0o644, Group: -1}, 0o711, 0o644, 0o755, 0o755},
+		{atomicfile.Access{Mode: 0o640, Group: group}, 0o777, 0o640, 0o750, 0o777},
+	} {
+		dir := filepath.Join(t.TempDir(), "set")
+		if c.before != 0 {
+			if err := errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, c.before)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for n := range 2 {
+			if err := atomicfile.WriteSetFor(c.access, dir, generation(n)); err != nil {
+				t.Fatal(err)
+			}
+			for path, want := range map[string]fs.FileMode{dir: c.dir, filepath.Join(dir, "..data") + "/.": c.version, filepath.Join(dir, key): c.file} {
+				if info, err := os.Stat(path); err != nil || info.Mode().Perm() != want {
+					t.Errorf("%+v: %s has the mode %v, not %v (%v)", c, path, info.Mode().Perm(), want, err)
+				}
+			}
+		}
+	}
+}
+
 func TestWritersTakeTurns(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "set")

@@ -237,6 +237,11 @@ func (b *batch) issue(event *Issue, encoded []byte) error {
 	} else if revoked {
 		return fmt.Errorf("renewing the certificate of event %d: %w", event.Replaces, ErrRevoked)
 	}
+	for _, proof := range event.Proofs {
+		if b.revokedProof(proof) {
+			return fmt.Errorf("issuing to whoever has the client certificate %s: %w", proof.Subject, ErrRevoked)
+		}
+	}
 	if filled.Delivery == DeliverySDS {
 		before, state, err := b.predecessor(&filled, b.head.Number+1)
 		if err != nil {
@@ -321,6 +326,12 @@ func (b *batch) revokedIssue(n uint64) (bool, error) {
 	}
 	issue, err := b.findIssue(n)
 	return issue != nil && table.Get(issue.Serial) != nil, err
+}
+
+// revokedProof says whether a proof is a client certificate that is revoked. It need not be what is replaced: an SDS stream's SVID is another certificate.
+func (b *batch) revokedProof(proof Proof) bool {
+	serial, err := ParseSerial(proof.Subject)
+	return proof.Method == methodClientCertificate && err == nil && b.table(bucketRevoked).Get(serial) != nil
 }
 
 func (b *batch) putRow(table, key []byte, row any) error {

@@ -172,6 +172,9 @@ type Proof struct {
 	Time    Time   `cbor:"4,keyasint" json:"time"`                        // when it was accepted
 }
 
+// methodClientCertificate is the method of a proof whose subject is the serial number of the certificate that was presented.
+const methodClientCertificate = "client-certificate"
+
 // Holder says who holds a certificate, so that its successor can be told from a stranger's.
 type Holder struct {
 	Kind string `cbor:"1,keyasint" json:"kind"` // pod, lineage, install, self
@@ -179,8 +182,8 @@ type Holder struct {
 }
 
 // Issue records a certificate that was handed out. Appending it is refused unless, in the same commit, its authority is
-// active and not tainted, its bundle exists and is not below the floor, its join token (if any) may still be redeemed, and the certificate that
-// it replaces is not revoked.
+// active and not tainted, its bundle exists and is not below the floor, its join token (if any) may still be redeemed, and neither the certificate that
+// it replaces is revoked nor a client certificate among its proofs.
 type Issue struct {
 	Serial      Serial   `cbor:"1,keyasint" json:"serial"`
 	Certificate Hash     `cbor:"2,keyasint" json:"certificate"` // SHA-256 of the DER

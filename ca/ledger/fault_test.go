@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -15,8 +14,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"kedge/test/machine"
 )
@@ -37,7 +34,7 @@ func TestMain(m *testing.M) {
 
 func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
 	t.Parallel()
-	dir, ok := smallDisk(t, "size=40m")
+	dir, ok := machine.SmallDisk(t, "size=40m")
 	if !ok {
 		return
 	}
@@ -46,7 +43,7 @@ func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
 	token := &Token{ID: "t", SPIFFEID: "spiffe://cluster.local/vm", Expires: h.clock.at() + 3600, By: "uid=0"}
 	h.must(token)
 
-	ballast := fillDisk(t, dir)
+	ballast := machine.FillDisk(t, dir)
 	recorded := uint64(4)
 	for {
 		before := h.Head()
@@ -102,11 +99,11 @@ func TestAFullDiskIsRefusedCleanlyAndHealsByItself(t *testing.T) {
 // A little room would let small commits through and refuse the next large one, back and forth: a full disk counts as full until a large one fits.
 func TestALittleRoomDoesNotHealAFullDisk(t *testing.T) {
 	t.Parallel()
-	dir, ok := smallDisk(t, "size=40m")
+	dir, ok := machine.SmallDisk(t, "size=40m")
 	if !ok {
 		return
 	}
-	ballast := fillDisk(t, dir)
+	ballast := machine.FillDisk(t, dir)
 	info, err := os.Stat(ballast)
 	if err != nil {
 		t.Fatal(err)
@@ -164,48 +161,10 @@ func TestACommitThatHangsHoldsNobodyUp(t *testing.T) {
 	h.clean()
 }
 
-// smallDisk mounts a file system that is soon full.
-func smallDisk(t *testing.T, size string) (dir string, ok bool) {
-	t.Helper()
-	dir = t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, size); err != nil {
-		machine.Impossible(t, "mounting a small tmpfs", err)
-		return "", false
-	}
-	t.Cleanup(func() {
-		// A child that another test starts holds every descriptor for a moment, until it becomes another program.
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir, true
-}
-
-// fillDisk takes all space that is left.
-func fillDisk(t *testing.T, dir string) (ballast string) {
-	t.Helper()
-	ballast = filepath.Join(dir, "ballast")
-	f, err := os.Create(ballast)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(f, neverEnding{}); !errors.Is(err, unix.ENOSPC) {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return ballast
-}
-
-type neverEnding struct{}
-
-func (neverEnding) Read(b []byte) (int, error) { return len(b), nil }
-
 // When what comes back from the disk is sound in itself, and older than what was acknowledged, nothing is built on it.
 func TestALedgerThatLostEventsStaysFaulted(t *testing.T) {
 	t.Parallel()
-	dir, ok := smallDisk(t, "size=40m")
+	dir, ok := machine.SmallDisk(t, "size=40m")
 	if !ok {
 		return
 	}
@@ -220,7 +179,7 @@ func TestALedgerThatLostEventsStaysFaulted(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.must(h.issue())
-	ballast := fillDisk(t, dir)
+	ballast := machine.FillDisk(t, dir)
 	for {
 		if _, err := h.Append(context.Background(), h.issue()); errors.Is(err, ErrUnavailable) {
 			break
@@ -242,7 +201,7 @@ func TestALedgerThatLostEventsStaysFaulted(t *testing.T) {
 
 func TestCloseEndsAFaultedLedger(t *testing.T) {
 	t.Parallel()
-	dir, ok := smallDisk(t, "size=256k")
+	dir, ok := machine.SmallDisk(t, "size=256k")
 	if !ok {
 		return
 	}

@@ -168,6 +168,13 @@ func TestARevokedCertificateIsNotRenewed(t *testing.T) {
 	h.refused(ErrRevoked, revoke, h.issue(follows))
 	h.must(h.issue(follows), revoke)
 	h.refused(ErrRevoked, h.issue(follows))
+	proven := func(subject string) func(*Issue) {
+		return func(i *Issue) {
+			i.Proofs = []Proof{{Method: "client-certificate", Issuer: "a", Subject: subject, Time: At(time.Now())}}
+		}
+	}
+	h.refused(ErrRevoked, h.issue(proven(issue.Serial.String()))) // as an SDS stream that it opened asks, whose SVID replaces none
+	h.must(h.issue(proven("0a0b")))
 	h.must(h.issue())
 	h.clean()
 }

@@ -8,6 +8,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"kedge/test/machine"
 )
 
 func TestASnapshotIsOneMomentOfALedgerThatIsWrittenMeanwhile(t *testing.T) {
@@ -76,7 +78,7 @@ func TestASnapshotEndsWithItsCallerOrAFault(t *testing.T) {
 
 func TestASnapshotLeavesTheLedgerItsRoom(t *testing.T) {
 	t.Parallel()
-	dir, ok := smallDisk(t, "size=48m")
+	dir, ok := machine.SmallDisk(t, "size=48m")
 	if !ok {
 		return
 	}

@@ -86,7 +86,7 @@ Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no CA is 
 	t := &target{}
 	root.PersistentFlags().StringVar(&t.config, "config", "", "configuration file; without it the defaults hold")
 	root.PersistentFlags().StringVar(&t.data, "data", "", "data folder, instead of the configuration's dataDir")
-	root.AddCommand(newServeCommand(t), newTokenCommand(t), newSVIDCommand(t), newAuthorityCommand(t), newBundleCommand(t), newLedgerCommand(t),
+	root.AddCommand(newServeCommand(t), newAgentCommand(t), newTokenCommand(t), newSVIDCommand(t), newAuthorityCommand(t), newBundleCommand(t), newLedgerCommand(t),
 		newBackupCommand(t), newRestoreCommand(t), newKeyCommand(), newCeremonyCommand(), newInitCommand(t), newConfigCommand(t), newDoctorCommand(t), newClockCommand(t), newLogCommand(t))
 	strictArgs(root)
 	return root

@@ -13,7 +13,7 @@ import (
 	"kedge/ca"
 	"kedge/ca/backup"
 	"kedge/cmd/kedge/config"
-	"kedge/issuer/admin"
+	"kedge/issuer/peercred"
 )
 
 func newRestoreCommand(t *target) *cobra.Command {
@@ -40,7 +40,7 @@ Revocations, taints and removals since the backup are to be made again. The lost
 				return err
 			}
 			report, err := backup.Restore(c.Context(), backup.Options{
-				From: from, Dir: cfg.DataDir, Mark: cfg.Ledger.HighWaterFile, By: admin.Peer{PID: int32(os.Getpid()), UID: uint32(os.Geteuid())}.String(),
+				From: from, Dir: cfg.DataDir, Mark: cfg.Ledger.HighWaterFile, By: peercred.Peer{PID: int32(os.Getpid()), UID: uint32(os.Geteuid())}.String(),
 				Version: version, Clock: ca.SystemClock(), Logger: slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil)),
 			})
 			if err != nil {

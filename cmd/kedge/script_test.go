@@ -42,7 +42,7 @@ func TestTheCommandLine(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"waitready": waitReady, "exits": exits, "capture": capture, "json": jsonField, "table": checkTable, "lines": countLines, "append": appendText, "fill": fillIn, "softhsm": softHSM,
-			"import": importKey, "nss": nss,
+			"import": importKey, "nss": nss, "await": awaitFile,
 		},
 	})
 }
@@ -60,6 +60,14 @@ func waitReady(ts *testscript.TestScript, neg bool, args []string) {
 			err = errors.New(status.NotReady)
 		}
 		ts.Setenv("CSR", status.CSRAddress)
+		return err
+	}))
+}
+
+// await FILE waits until a file is there.
+func awaitFile(ts *testscript.TestScript, neg bool, args []string) {
+	ts.Check(process.Poll(process.Patience, func() error {
+		_, err := os.Stat(ts.MkAbs(args[0]))
 		return err
 	}))
 }

@@ -32,6 +32,8 @@ import (
 	"kedge/issuer/istio"
 	"kedge/issuer/metrics"
 	"kedge/issuer/ops"
+	"kedge/issuer/reception"
+	"kedge/issuer/sds"
 	"kedge/issuer/serving"
 )
 
@@ -128,7 +130,7 @@ func (s *server) start(ctx context.Context) (err error) {
 	if ctx.Err() != nil {
 		return errStopped
 	}
-	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Patience: s.config.CSR.SlowClientTimeout.Std(), Work: istio.IsCSR,
+	s.gate = gate.New(gate.Options{Connections: s.config.CSR.MaxConnections, Patience: s.config.CSR.SlowClientTimeout.Std(), Work: istio.IsCSR, Streams: sds.IsSDS,
 		Logger: s.log, Metrics: counters})
 	return s.open(step, counters, registry, join)
 }
@@ -195,20 +197,23 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	if s.serving, err = serving.New(ctx, s.ca, c.CSR.ServerNames, c.CSR.ServerCertificateTTL.Std(), s.log); err != nil {
 		return err
 	}
-	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems, Gate: s.gate, Serving: s.serving.NotAfter})
 	if err := atomicfile.Clean(s.rootFile()); err != nil {
 		return err
 	}
 	s.noteRoots()
 	var streams context.Context
 	streams, s.endStreams = context.WithCancel(context.WithoutCancel(ctx))
-	door := &istio.Server{CA: s.ca, Callers: s.authn, Metrics: counters, Log: s.log, Tracer: tracing.tracer, Gate: s.gate, Waiting: c.CSR.WaitTimeout.Std(),
-		Timeout: c.CSR.CallTimeout.Std()}
+	desk := &reception.Desk{Callers: s.authn, Metrics: counters, Log: s.log, Gate: s.gate, Waiting: c.CSR.WaitTimeout.Std()}
+	door := &istio.Server{CA: s.ca, Desk: desk, Tracer: tracing.tracer, Timeout: c.CSR.CallTimeout.Std()}
+	callers := sds.NewCallers(sds.CallersOptions{Desk: desk, CA: s.ca, PrivateKeys: c.SDS.PrivateKeys, Timeout: c.CSR.CallTimeout.Std()})
+	envoys := sds.New(sds.Options{Opener: callers, Ending: streams, Logger: s.log, Metrics: counters})
 	s.grpc, s.health = istio.NewGRPCServer(door, s.serving.TLS(), istio.Connections{
 		MaxAge: c.CSR.MaxConnectionAge.Std(), MaxAgeGrace: c.CSR.MaxConnectionAgeGrace.Std(), MinPing: c.CSR.KeepaliveMinTime.Std(),
 		Ping: c.CSR.KeepaliveTime.Std(), PingTimeout: c.CSR.KeepaliveTimeout.Std(), Reflection: c.CSR.Reflection, Stats: tracing.stats,
-		Streams: streams,
+		Streams: streams, SDS: envoys,
 	})
+	registry.MustRegister(metrics.Collector{CA: s.ca, Problems: s.problems, Gate: s.gate, Serving: s.serving.NotAfter,
+		SDS: func() metrics.SDS { return callers.Stand(envoys) }})
 	csr, err := listen("csr.listen", c.CSR.Listen, s.log)
 	if err != nil {
 		return err
@@ -233,12 +238,13 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	s.run("token issuers", func() error { return s.authn.Run(background) })
 	s.run("serving certificate", func() error { return s.serving.Run(background) })
 	s.run("root certificate file", func() error { return s.keepRoots(background) })
+	s.run("SDS", func() error { return callers.Run(background) })
 	s.run("gRPC health", func() error { return s.keepHealth(background) })
 	s.run("CSR API", func() error { return s.grpc.Serve(s.gate.Listener(csr)) })
 	monitors := gate.New(gate.Options{Connections: maxMonitors, Logger: s.log})
 	s.serveHTTP("health and metrics", ops.NewServer(s.ready, s.problems, registry), monitors.Listener(operations))
-	desk := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status, Version: version}
-	s.serveHTTP("admin socket", desk.HTTP(), socket)
+	admins := &admin.Server{CA: s.ca, Join: join, Level: s.level, Log: s.log, Status: s.status, Version: version}
+	s.serveHTTP("admin socket", admins.HTTP(), socket)
 	return nil
 }
 
@@ -379,6 +385,7 @@ func (s *server) keepHealth(ctx context.Context) error {
 		}
 		s.health.SetServingStatus("", state)
 		s.health.SetServingStatus("istio.v1.auth.IstioCertificateService", state)
+		s.health.SetServingStatus("envoy.service.secret.v3.SecretDiscoveryService", state)
 		select {
 		case <-ctx.Done():
 			return nil

@@ -4,13 +4,8 @@ import (
 	"cmp"
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -23,8 +18,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -33,13 +26,6 @@ import (
 	"kedge/cmd/kedge/config"
 	"kedge/issuer/admin"
 	"kedge/issuer/istio"
-)
-
-// The files of an SVID, named as istio-agent names them, so that the folder serves as its PROV_CERT.
-const (
-	chainFile = "cert-chain.pem"
-	keyFile   = "key.pem"
-	rootFile  = "root-cert.pem"
 )
 
 func newSVIDCommand(t *target) *cobra.Command {
@@ -83,7 +69,7 @@ verifies under the trust bundle that came with it.`,
 	c.Flags().StringVar(&f.out, "out", "", "folder for the files; made if need be")
 	c.Flags().BoolVar(&f.asJSON, "json", false, "print JSON")
 	c.Flags().BoolVar(&f.renew, "renew", false, "prove who is asking with the SVID that is in --out")
-	c.Flags().StringVar(&f.keyType, "key-type", "P-256", "type of the new key: "+strings.Join(keyTypes, ", "))
+	c.Flags().StringVar(&f.keyType, "key-type", "P-256", "type of the new key: "+strings.Join(istio.KeyTypes, ", "))
 	c.Flags().Var(&f.ttl, "ttl", "how long the SVID shall be valid, such as 12h or 1d; 0s: the CA's default")
 	c.Flags().Var(&f.timeout, "timeout", "how long to try, and to wait for the token")
 	return c
@@ -101,8 +87,8 @@ func (f *fetch) check() error {
 		return fmt.Errorf("--ttl %s is not a whole number of seconds", f.ttl)
 	case f.server != "" && !isAddress(f.server):
 		return fmt.Errorf("--server %q is not HOST:PORT", f.server)
-	case !slices.Contains(keyTypes, f.keyType):
-		return fmt.Errorf("--key-type %q is none of %s", f.keyType, strings.Join(keyTypes, ", "))
+	case !slices.Contains(istio.KeyTypes, f.keyType):
+		return fmt.Errorf("--key-type %q is none of %s", f.keyType, strings.Join(istio.KeyTypes, ", "))
 	}
 	return nil
 }
@@ -119,7 +105,7 @@ func (f *fetch) run(ctx context.Context, t *target, out, log io.Writer) error {
 		return fmt.Errorf("reading the token: %w", err)
 	}
 	if f.renew && f.server != "" && f.root == "" { // on another machine: the bundle that came with the SVID
-		if kept := filepath.Join(f.out, rootFile); exists(kept) {
+		if kept := filepath.Join(f.out, istio.RootFile); exists(kept) {
 			f.root = kept
 		}
 	}
@@ -139,29 +125,28 @@ func (f *fetch) run(ctx context.Context, t *target, out, log io.Writer) error {
 	if err := atomicfile.MakeFolder(f.out); err != nil { // before a token is spent
 		return err
 	}
-	key, err := makeKey(f.keyType)
+	key, err := istio.NewKey(f.keyType)
 	if err != nil {
 		return fmt.Errorf("making the key: %w", err)
 	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	csr, err := istio.NewCSR(key)
 	if err != nil {
-		return fmt.Errorf("making the CSR: %w", err)
+		return err
 	}
 	client, err := istio.Dial(f.server, roots, proof)
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	var chain []string
-	var bundle string
+	var signed *istio.Signed
 	err = f.persist(ctx, log, func(ctx context.Context) (again bool, err error) {
-		chain, bundle, err = client.Sign(ctx, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}), token, f.ttl.Std())
+		signed, err = client.Sign(ctx, csr, token, f.ttl.Std())
 		return istio.Retryable(err), f.explain(err)
 	})
 	if err != nil {
 		return fmt.Errorf("the CA at %s gave no SVID: %w", f.server, err)
 	}
-	return f.write(out, key, strings.Join(chain, ""), bundle)
+	return f.write(out, key, strings.Join(signed.Chain, ""), signed.Bundle)
 }
 
 // askHere asks the CA on this machine for what was not given.
@@ -185,11 +170,11 @@ func (f *fetch) proof() (*tls.Certificate, error) {
 	if !f.renew {
 		return nil, nil
 	}
-	files, err := atomicfile.ReadSet(f.out, chainFile, keyFile)
+	files, err := atomicfile.ReadSet(f.out, istio.ChainFile, istio.KeyFile)
 	if err != nil {
 		return nil, err
 	}
-	certificate, err := tls.X509KeyPair(files[chainFile], files[keyFile])
+	certificate, err := tls.X509KeyPair(files[istio.ChainFile], files[istio.KeyFile])
 	return &certificate, err
 }
 
@@ -258,35 +243,21 @@ func (f *fetch) explain(err error) error {
 
 // write checks what came, and writes it. What is there is replaced by nothing that does not hold together.
 func (f *fetch) write(out io.Writer, key crypto.Signer, chain, bundle string) error {
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return fmt.Errorf("encoding the key: %w", err)
-	}
-	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
-	svid, err := x509svid.Parse([]byte(chain), keyPEM)
-	if err != nil {
+	svid, err := istio.ReadSVID(key, chain, bundle, time.Now())
+	switch {
+	case errors.Is(err, istio.ErrUnverified):
+		return fmt.Errorf("the SVID that the CA at %s sent is not used, and %s is as it was: %w. Is this machine's clock right, and what does 'kedge doctor' say at the CA?", f.server, f.out, err)
+	case err != nil:
 		return fmt.Errorf("what the CA at %s sent is no SVID for the key; %s is as it was: %w", f.server, f.out, err)
 	}
-	roots, err := x509bundle.Parse(svid.ID.TrustDomain(), []byte(bundle))
-	if err == nil {
-		at := time.Now()
-		if begins := svid.Certificates[0].NotBefore; at.Before(begins) { // a machine that has just started may have its clock set yet
-			at = begins
-		}
-		_, _, err = x509svid.Verify(svid.Certificates, roots, x509svid.WithTime(at))
-	}
-	if err != nil { // nobody who holds root-cert.pem would accept it
-		return fmt.Errorf("the SVID that the CA at %s sent does not verify under the trust bundle that it sent along (%w): it is not used, and %s is as it was. "+
-			"Is this machine's clock right, and what does 'kedge doctor' say at the CA?", f.server, err, f.out)
-	}
-	if err := atomicfile.WriteSet(f.out, map[string][]byte{keyFile: keyPEM, chainFile: []byte(chain), rootFile: []byte(bundle)}); err != nil {
+	if err := atomicfile.WriteSet(f.out, svid.Files()); err != nil {
 		return err
 	}
-	leaf := svid.Certificates[0]
+	leaf := svid.Leaf()
 	if f.asJSON {
 		document := map[string]any{
 			"spiffe_id": svid.ID.String(), "serial": ledger.Serial(leaf.SerialNumber.Bytes()), "not_before": leaf.NotBefore.UTC(), "not_after": leaf.NotAfter.UTC(),
-			"chain_file": filepath.Join(f.out, chainFile), "key_file": filepath.Join(f.out, keyFile), "root_file": filepath.Join(f.out, rootFile),
+			"chain_file": filepath.Join(f.out, istio.ChainFile), "key_file": filepath.Join(f.out, istio.KeyFile), "root_file": filepath.Join(f.out, istio.RootFile),
 		}
 		if f.clamped(leaf) {
 			document["clamped_from"] = int64(f.ttl.Std() / time.Second) // as the ledger has it
@@ -304,7 +275,7 @@ func (f *fetch) write(out io.Writer, key crypto.Signer, chain, bundle string) er
 	for i, cert := range svid.Certificates[1:] {
 		table.row(fmt.Sprintf("chain %d", i+1), fmt.Sprintf("%s, until %s", cert.Subject, cert.NotAfter.UTC().Format(time.RFC3339)))
 	}
-	table.row("written to", fmt.Sprintf("%s (%s, %s, %s)", f.out, chainFile, keyFile, rootFile))
+	table.row("written to", fmt.Sprintf("%s (%s, %s, %s)", f.out, istio.ChainFile, istio.KeyFile, istio.RootFile))
 	return table.Flush()
 }
 
@@ -318,8 +289,6 @@ func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
 }
-
-const maxToken = 16 << 10 // octets, as the CA has it
 
 // readToken reads the token, if there is to be one, for no longer than ctx.
 func (f *fetch) readToken(ctx context.Context) (string, error) {
@@ -344,24 +313,10 @@ func (f *fetch) readToken(ctx context.Context) (string, error) {
 }
 
 func readTokenFile(path string) (string, error) {
-	in := io.Reader(os.Stdin)
-	if path != "-" {
-		file, err := os.Open(path)
-		if err != nil {
-			return "", err
-		}
-		defer file.Close()
-		in = file
+	if path == "-" {
+		return istio.ReadToken(os.Stdin, source(path))
 	}
-	text, err := io.ReadAll(io.LimitReader(in, maxToken+1))
-	if err != nil {
-		return "", err
-	}
-	token := strings.TrimSpace(string(text))
-	if token == "" || len(text) > maxToken {
-		return "", fmt.Errorf("%s holds %d octets, not a token", source(path), len(text))
-	}
-	return token, nil
+	return istio.ReadTokenFile(path)
 }
 
 // source names where a token comes from.
@@ -370,17 +325,4 @@ func source(path string) string {
 		return "standard input"
 	}
 	return path
-}
-
-// keyTypes are those that makeKey makes.
-var keyTypes = []string{"P-256", "P-384", "RSA-2048"}
-
-func makeKey(kind string) (crypto.Signer, error) {
-	switch kind {
-	case "P-384":
-		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	case "RSA-2048":
-		return rsa.GenerateKey(rand.Reader, 2048)
-	}
-	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }

@@ -10,7 +10,6 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
-	"io"
 	"maps"
 	"math/big"
 	"net"
@@ -20,7 +19,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -33,6 +31,7 @@ import (
 	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/ca/atomicfile"
+	"kedge/issuer/istio"
 	"kedge/test/process"
 )
 
@@ -47,7 +46,7 @@ func tokenFile(t *testing.T, k *process.Kedge) string {
 // checkPair makes sure that a folder has an SVID that programs can use.
 func checkPair(t *testing.T, dir string) {
 	t.Helper()
-	if _, err := tls.LoadX509KeyPair(filepath.Join(dir, chainFile), filepath.Join(dir, keyFile)); err != nil {
+	if _, err := tls.LoadX509KeyPair(filepath.Join(dir, istio.ChainFile), filepath.Join(dir, istio.KeyFile)); err != nil {
 		t.Error(err)
 	}
 }
@@ -60,62 +59,21 @@ func TestFetchWaitsForACAThatIsNotThereYet(t *testing.T) {
 	process.Write(t, root, process.Read(t, k.Status(t).RootFile))
 	k.Stop(t)
 
-	// What stands before the CA hangs up for as long as there is none. So no port has to be kept free for it.
-	front, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var behind atomic.Pointer[string]
-	var connections sync.WaitGroup
-	connections.Go(func() {
-		for {
-			client, err := front.Accept()
-			if err != nil {
-				return // it is closed
-			}
-			address := behind.Load()
-			if address == nil {
-				_ = client.Close() // the client notices, whatever comes of it
-				continue
-			}
-			connections.Go(func() { forward(client, *address) })
-		}
-	})
-	t.Cleanup(func() {
-		_ = front.Close() // ends the loop
-		connections.Wait()
-	})
-
+	front := newFront(t)
 	out, localOut := filepath.Join(t.TempDir(), "svid"), filepath.Join(t.TempDir(), "svid")
-	elsewhere := launch(t, nil, "svid", "fetch", "--server", front.Addr().String(), "--root", root, "--token-file", token, "--out", out, "--timeout", "10m")
+	elsewhere := launch(t, nil, "svid", "fetch", "--server", front.address, "--root", root, "--token-file", token, "--out", out, "--timeout", "10m")
 	local := launch(t, nil, "svid", "fetch", "--config", k.Config, "--token-file", localToken, "--out", localOut, "--timeout", "10m")
 	elsewhere.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): ")
 	local.awaitLog(t, "kedge: trying again until 10m have passed (--timeout): no CA is running there")
-	if _, err := os.Stat(filepath.Join(out, keyFile)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(filepath.Join(out, istio.KeyFile)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("there is a key before there is a CA: %v", err)
 	}
 	k.Start(t)
-	address := k.Status(t).CSRAddress
-	behind.Store(&address)
+	front.lead(k.Status(t).CSRAddress)
 	elsewhere.wait(t, 0)
 	local.wait(t, 0)
 	checkPair(t, out)
 	checkPair(t, localOut)
-}
-
-// forward connects two ends until one of them hangs up.
-func forward(client net.Conn, address string) {
-	defer client.Close()
-	server, err := net.Dial("tcp", address)
-	if err != nil {
-		return // the client sees its connection end
-	}
-	defer server.Close()
-	go func() {
-		_, _ = io.Copy(server, client)
-		_ = server.Close()
-	}()
-	_, _ = io.Copy(client, server)
 }
 
 // scripted is a CSR API that answers each call with the next code, the last one over and over.
@@ -168,7 +126,7 @@ func TestFetchRepeatsWhatMayPassAndNothingElse(t *testing.T) {
 			if !strings.Contains(said, "kedge: the CA at "+address+" gave no SVID: ") || !strings.Contains(said, "as the test wants it") {
 				t.Errorf("it does not say why: %s", said)
 			}
-			if _, err := os.Stat(filepath.Join(out, keyFile)); !errors.Is(err, os.ErrNotExist) {
+			if _, err := os.Stat(filepath.Join(out, istio.KeyFile)); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("there is a key without a certificate: %v", err)
 			}
 		})
@@ -359,7 +317,7 @@ func TestFetchReplacesNothingByAnSVIDThatItsBundleDoesNotBearOut(t *testing.T) {
 	}
 	soon := time.Now().Add(30 * time.Minute)
 	fetch(inPEM(root.Raw), soon.Add(time.Hour), 0) // it begins later: a machine's clock may be late
-	before, err := atomicfile.ReadSet(out, chainFile, keyFile, rootFile)
+	before, err := atomicfile.ReadSet(out, istio.ChainFile, istio.KeyFile, istio.RootFile)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -373,10 +331,10 @@ func TestFetchReplacesNothingByAnSVIDThatItsBundleDoesNotBearOut(t *testing.T) {
 		{inPEM(root.Raw), time.Now().Add(-time.Minute), "certificate has expired or is not yet valid"},
 	} {
 		said := fetch(c.bundle, c.end, 1)
-		if !strings.Contains(said, "does not verify under the trust bundle that it sent along (") || !strings.Contains(said, c.reason) || !strings.Contains(said, "): it is not used, and "+out+" is as it was. ") {
+		if !strings.Contains(said, " sent is not used, and "+out+" is as it was: it does not verify under the trust bundle that came with it (") || !strings.Contains(said, c.reason) {
 			t.Errorf("it says %s", said)
 		}
-		after, err := atomicfile.ReadSet(out, chainFile, keyFile, rootFile)
+		after, err := atomicfile.ReadSet(out, istio.ChainFile, istio.KeyFile, istio.RootFile)
 		if err != nil || !maps.EqualFunc(before, after, bytes.Equal) {
 			t.Errorf("%s: the files have changed (%v)", c.reason, err)
 		}

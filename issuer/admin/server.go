@@ -22,6 +22,7 @@ import (
 	"kedge/ca/backup"
 	"kedge/ca/ledger"
 	"kedge/issuer/authn"
+	"kedge/issuer/peercred"
 )
 
 const maxBody = 16 << 10 // octets of a request
@@ -95,7 +96,7 @@ func (s *Server) HTTP() *http.Server {
 	return &http.Server{
 		Handler: s.onlyOwner(mux), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			peer, err := peerOf(conn)
+			peer, err := peercred.Of(conn)
 			if err != nil {
 				s.Log.Error("reading an admin's peer credentials", "error", err)
 				return ctx
@@ -108,7 +109,7 @@ func (s *Server) HTTP() *http.Server {
 // onlyOwner lets in this process's own user and root, whatever the mode of the socket has become.
 func (s *Server) onlyOwner(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		peer, ok := r.Context().Value(peerKey{}).(Peer)
+		peer, ok := r.Context().Value(peerKey{}).(peercred.Peer)
 		if !ok || (peer.UID != 0 && int(peer.UID) != os.Geteuid()) {
 			s.Log.Warn("an admin call was refused", "peer", peer.String(), "path", r.URL.Path)
 			reply(w, http.StatusForbidden, Failure{Error: "only the CA's own user and root may do this"})
@@ -125,7 +126,7 @@ func (s *Server) onlyOwner(next http.Handler) http.Handler {
 }
 
 func peerName(r *http.Request) string {
-	peer, _ := r.Context().Value(peerKey{}).(Peer) // onlyOwner let nobody in without
+	peer, _ := r.Context().Value(peerKey{}).(peercred.Peer) // onlyOwner let nobody in without
 	return peer.String()
 }
 

@@ -113,6 +113,7 @@ type proven struct {
 	holder   ledger.Holder
 	join     string    // id of the join token
 	issuedAt time.Time // of a token from outside
+	until    time.Time // when the token stops being a proof
 }
 
 // Authenticate says who is asking. A token and a certificate must agree; if one of them is invalid the other counts, and the log says so.
@@ -156,6 +157,7 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 	}
 	if certificate != nil {
 		caller.ID, caller.Proofs, caller.First, caller.Holder = certificate.ID, []ledger.Proof{certificate.Proof}, certificate.First, certificate.Holder
+		caller.Until = certificate.Until
 		if certificate.Own && certificate.Number > 0 {
 			caller.Presented = &ca.Presented{Number: certificate.Number, Serial: certificate.Serial}
 			caller.Replaces = certificate.Number
@@ -168,6 +170,9 @@ func (a *Authenticator) Authenticate(ctx context.Context, c Credentials) (ca.Cal
 		caller.ID, caller.Holder, caller.JoinToken, caller.IssuedAt = token.id, token.holder, token.join, token.issuedAt
 		caller.Proofs = append([]ledger.Proof{token.proof}, caller.Proofs...)
 		caller.First = &token.proof
+		if caller.Until.IsZero() || token.until.Before(caller.Until) {
+			caller.Until = token.until
+		}
 	}
 	return caller, nil
 }

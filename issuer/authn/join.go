@@ -163,6 +163,6 @@ func (j *JoinTokens) verify(token signedToken, now time.Time, skew time.Duration
 	case err != nil:
 		return nil, ca.Unavailable(fmt.Errorf("asking the ledger about join token %s: %w", c.ID, err))
 	}
-	return &proven{id: id, join: c.ID, proof: ledger.Proof{Method: ca.MethodJoinToken, Issuer: joinIssuer, Subject: c.ID, Time: ledger.At(now)},
+	return &proven{id: id, join: c.ID, until: c.Expiry.Time(), proof: ledger.Proof{Method: ca.MethodJoinToken, Issuer: joinIssuer, Subject: c.ID, Time: ledger.At(now)},
 		holder: ledger.Holder{Kind: "install", ID: c.ID}}, nil
 }

@@ -133,6 +133,7 @@ func (i *issuer) verify(ctx context.Context, token signedToken, now time.Time, a
 	if err != nil {
 		return fail("%w", err)
 	}
+	p.until = c.Expiry.Time().Add(i.skew)
 	if c.IssuedAt != nil {
 		p.issuedAt = c.IssuedAt.Time()
 	}

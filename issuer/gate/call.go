@@ -3,6 +3,7 @@ package gate
 import (
 	"container/list"
 	"context"
+	"fmt"
 	"net"
 	"time"
 
@@ -18,6 +19,7 @@ type call struct {
 	conn    *conn // nil: it did not come through the gate
 	address net.Addr
 	work    bool // see Options.Work
+	stream  bool // see Options.Streams
 	began   time.Time
 	handled bool // a door has seen it: of the goroutine that handles it
 
@@ -34,7 +36,7 @@ func (g *Gate) Stats() stats.Handler { return calls{g} }
 
 // TagRPC makes the call.
 func (s calls) TagRPC(ctx context.Context, info *stats.RPCTagInfo) context.Context {
-	c := &call{work: s.gate.work(info.FullMethodName)}
+	c := &call{work: s.gate.work(info.FullMethodName), stream: s.gate.streams(info.FullMethodName)}
 	if p, ok := peer.FromContext(ctx); ok {
 		c.address = p.Addr
 		if info, ok := p.AuthInfo.(Info); ok {
@@ -79,12 +81,30 @@ func (g *Gate) UnaryInterceptor(ctx context.Context, request any, _ *grpc.UnaryS
 	return handle(ctx, request)
 }
 
-// StreamInterceptor notes that a door has the stream.
+// StreamInterceptor notes that a door has the stream. One that lasts is refused when its peer has more than its share.
 func (g *Gate) StreamInterceptor(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 	if c, ok := stream.Context().Value(callKey{}).(*call); ok {
 		c.handled = true
+		if err := g.share(c); err != nil {
+			g.metrics.Refused(RefusedStream)
+			g.Tell("a stream was refused", err, c.address)
+			return status.Error(codes.Unavailable, "too many streams from this address: try again later")
+		}
 	}
 	return handle(server, stream)
+}
+
+// share says whether a stream is more than its peer's share.
+func (g *Gate) share(c *call) error {
+	if c.conn == nil || !c.stream {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if free := g.mostStreams - g.streaming; c.conn.peer.streaming > max(free, fairStreams) || free < 0 {
+		return fmt.Errorf("its peer has %d of %d streams, and %d are free: no peer may have more than that", c.conn.peer.streaming, g.mostStreams, max(free, 0))
+	}
+	return nil
 }
 
 // arrives notes a call whose request is to come, and makes room if too many are arriving: whose takes longest has to go.
@@ -97,12 +117,14 @@ func (g *Gate) arrives(c *call) {
 	switch idle := c.conn.inAll != nil; {
 	case c.work:
 		g.busy(c.conn)
-		c.conn.called = true
+		g.begins(c)
 		c.conn.calls++
-	case idle && !c.conn.called:
-		g.busy(c.conn)
-		c.conn.called = true
+	case idle && (c.stream || !c.conn.called):
+		g.busy(c.conn) // for another list
+		g.begins(c)
 		g.rest(c.conn)
+	default:
+		g.begins(c)
 	}
 	var slowest *conn
 	if g.arriving.Len() > mostArriving {
@@ -113,6 +135,16 @@ func (g *Gate) arrives(c *call) {
 	g.mu.Unlock()
 	if slowest != nil {
 		g.hangUp(slowest, ClosedSlow, "too many requests are half sent, and this client's takes longest")
+	}
+}
+
+// begins notes a call of a connection that is on no list. The gate is locked.
+func (g *Gate) begins(c *call) {
+	c.conn.called = true
+	if c.stream {
+		c.conn.streams++
+		c.conn.peer.streaming++
+		g.streaming++
 	}
 }
 
@@ -137,6 +169,16 @@ func (g *Gate) ends(c *call, code codes.Code) {
 	case codes.Unavailable: // not by the client's fault
 	default:
 		c.conn.inVain++
+	}
+	if c.stream {
+		idle := c.conn.inAll != nil
+		g.busy(c.conn)
+		c.conn.streams--
+		c.conn.peer.streaming--
+		g.streaming--
+		if idle {
+			g.rest(c.conn)
+		}
 	}
 	if c.work {
 		g.release(c.conn)

@@ -25,6 +25,7 @@ type conn struct {
 	// Of the gate's lock.
 	calls         int  // that make it busy
 	inVain        int  // calls in a row that were refused, or taken back
+	streams       int  // see Options.Streams
 	called        bool // it had a call
 	closed        bool
 	inAll, inPeer *list.Element // while it is idle

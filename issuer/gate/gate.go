@@ -13,6 +13,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"kedge/issuer/sparing"
 )
 
 // Options are the limits. Zero means the default.
@@ -22,6 +24,8 @@ type Options struct {
 	Calls       int                      // that are worked on at once; default 512: as many as fill a commit of the ledger
 	Waiting     int                      // calls that wait; default 200,000
 	Work        func(method string) bool // which calls make their connection busy, and are counted when gRPC refuses them; default all
+	Streams     func(method string) bool // which calls last as long as their connection, mostly in silence: of those that are idle it goes last; default none
+	MaxStreams  int                      // of such calls at once; default 200,000. A peer may have as many as are still free
 	Logger      *slog.Logger             // default: nothing is logged
 	Metrics     Metrics                  // default: nothing is counted
 }
@@ -37,14 +41,16 @@ type Metrics interface {
 const (
 	RefusedConnection = "connection"     // its peer has more than its share
 	RefusedCall       = "call"           // too many wait
+	RefusedStream     = "stream"         // its peer has more than its share
 	ClosedIdle        = "idle-closed"    // a connection that was idle made room for a new one
 	ClosedSlow        = "slow-closed"    // a connection whose client did not send the rest of a request
 	ClosedInVain      = "in-vain-closed" // a connection of which one call after the other was refused or taken back
 )
 
 const (
-	fairShare = 16      // what every peer may have, however little is free
-	hello     = 2 << 10 // octets of the first read; a ClientHello with a post-quantum key share has about 1,800
+	fairShare   = 16      // connections that every peer may have, however few are free
+	fairStreams = 256     // streams, likewise
+	hello       = 2 << 10 // octets of the first read; a ClientHello with a post-quantum key share has about 1,800
 	// maxHandshake is how much a client may send in a handshake, in octets: room for a chain of ten RSA-4096 certificates.
 	maxHandshake = 64 << 10
 	// handshakeWait is how long a handshake may wait for its turn. gRPC clients give up after 20 s and dial again: who has waited longer than this would
@@ -65,37 +71,47 @@ type Gate struct {
 	shaking     int // see peersShaking
 	patience    time.Duration
 	work        func(method string) bool
+	streams     func(method string) bool
+	mostStreams int
 	log         *slog.Logger
 	metrics     Metrics
-	sparing     sparing
+	sparing     sparing.Lines
 
 	handshakes *turns
 	calls      *turns
 
-	mu       sync.Mutex
-	open     int
-	peers    map[netip.Prefix]*peerConns
-	idle     idle
-	arriving *list.List    // of *call, the one that began first first
-	room     chan struct{} // holds one element after a connection ended or became idle, or a handshake waits no longer
-	closed   chan struct{} // once the listener is
+	mu        sync.Mutex
+	open      int
+	streaming int // calls that are streams
+	peers     map[netip.Prefix]*peerConns
+	idle      idle
+	arriving  *list.List    // of *call, the one that began first first
+	room      chan struct{} // holds one element after a connection ended or became idle, or a handshake waits no longer
+	closed    chan struct{} // once the listener is
 }
 
 // peerConns is what one peer has open.
 type peerConns struct {
-	open int
-	idle idle
+	open      int
+	streaming int
+	idle      idle
 }
 
 // idle are connections without a call, of *conn, the one that is idle longest first. Who was served needs its connection no more for a while; who was not made
-// a handshake for its call.
-type idle struct{ served, fresh *list.List }
+// a handshake for its call; and who has a stream is back at once.
+type idle struct{ served, fresh, streaming *list.List }
 
-func newIdle() idle { return idle{list.New(), list.New()} }
+func newIdle() idle { return idle{list.New(), list.New(), list.New()} }
+
+// length is how many there are.
+func (i idle) length() int { return i.served.Len() + i.fresh.Len() + i.streaming.Len() }
 
 // of is the list for a connection.
 func (i idle) of(c *conn) *list.List {
-	if c.called {
+	switch {
+	case c.streams > 0:
+		return i.streaming
+	case c.called:
 		return i.served
 	}
 	return i.fresh
@@ -103,7 +119,7 @@ func (i idle) of(c *conn) *list.List {
 
 // dispensable is the connection that is missed least; nil: there is none.
 func (i idle) dispensable() *conn {
-	for _, l := range []*list.List{i.served, i.fresh} {
+	for _, l := range []*list.List{i.served, i.fresh, i.streaming} {
 		if first := l.Front(); first != nil {
 			return first.Value.(*conn)
 		}
@@ -118,6 +134,9 @@ func New(o Options) *Gate {
 	if o.Work == nil {
 		o.Work = func(string) bool { return true }
 	}
+	if o.Streams == nil {
+		o.Streams = func(string) bool { return false }
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -125,7 +144,7 @@ func New(o Options) *Gate {
 		o.Metrics = noMetrics{}
 	}
 	g := &Gate{
-		connections: o.Connections, shaking: peersShaking * runtime.GOMAXPROCS(0), patience: o.Patience, work: o.Work, log: o.Logger, metrics: o.Metrics,
+		connections: o.Connections, shaking: peersShaking * runtime.GOMAXPROCS(0), patience: o.Patience, work: o.Work, streams: o.Streams, mostStreams: cmp.Or(o.MaxStreams, 200_000), log: o.Logger, metrics: o.Metrics,
 		// More at once would only make each of them slower, and calls with them.
 		handshakes: newTurns(runtime.GOMAXPROCS(0), o.Connections, o.Connections),
 		calls:      newTurns(runtime.GOMAXPROCS(0), cmp.Or(o.Calls, 512), cmp.Or(o.Waiting, 200_000)),
@@ -219,12 +238,12 @@ type Counts struct {
 func (g *Gate) Counts() Counts {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return Counts{Connections: g.open, Idle: g.idle.served.Len() + g.idle.fresh.Len(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
+	return Counts{Connections: g.open, Idle: g.idle.length(), Arriving: g.arriving.Len(), WaitingHandshakes: g.handshakes.length(), WaitingCalls: g.calls.length()}
 }
 
 // Tell logs that a caller was refused before any door saw its call. Everybody who reaches the port can cause such lines, so they are few: see sparing.
 func (g *Gate) Tell(what string, err error, address net.Addr) {
-	passedOver, tell := g.sparing.tell(time.Now())
+	passedOver, tell := g.sparing.Tell(time.Now())
 	if !tell {
 		return
 	}

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	grpccodes "google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	pb "istio.io/api/security/v1alpha1"
@@ -23,6 +24,9 @@ import (
 
 // Client asks a CSR API for certificates: Kedge's, or istiod's.
 type Client struct {
+	// BundlesBySDS tells a CA of Kedge's that the SVID is handed to others, and which trust bundle these have is acknowledged on an SDS stream.
+	BundlesBySDS bool
+
 	conn    *grpc.ClientConn
 	api     pb.IstioCertificateServiceClient
 	servers *servers
@@ -38,6 +42,9 @@ var reconnect = grpc.ConnectParams{
 	MinConnectTimeout: 5 * time.Second,
 }
 
+// ping finds out that a server is gone that said nothing, while a call is under way.
+var ping = keepalive.ClientParameters{Time: time.Minute, Timeout: 20 * time.Second}
+
 // Dial prepares a connection to address (host:port); it is made with the first call. The server must prove itself under roots;
 // certificate, if not nil, proves the client.
 func Dial(address string, roots *x509.CertPool, certificate *tls.Certificate) (*Client, error) {
@@ -46,7 +53,7 @@ func Dial(address string, roots *x509.CertPool, certificate *tls.Certificate) (*
 		config.Certificates = []tls.Certificate{*certificate}
 	}
 	servers := &servers{TransportCredentials: credentials.NewTLS(config)}
-	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(servers), grpc.WithConnectParams(reconnect))
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(servers), grpc.WithConnectParams(reconnect), grpc.WithKeepaliveParams(ping))
 	if err != nil {
 		return nil, fmt.Errorf("connecting to the CA at %s: %w", address, err)
 	}
@@ -56,25 +63,43 @@ func Dial(address string, roots *x509.CertPool, certificate *tls.Certificate) (*
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// Sign sends a CSR (PEM). token may be empty; ttl 0 asks for the CA's default. It returns the chain, one certificate an element,
-// leaf first, and the trust bundle. The error is a gRPC status, or wraps ErrUntrusted.
-func (c *Client) Sign(ctx context.Context, csr []byte, token string, ttl time.Duration) (chain []string, bundle string, err error) {
+// Signed is the answer to a CSR.
+type Signed struct {
+	Chain  []string // one certificate an element, leaf first
+	Bundle string   // the trust bundle
+	Number BundleNumber
+}
+
+// Sign sends a CSR (PEM). token may be empty; ttl 0 asks for the CA's default. The error is a gRPC status, or wraps ErrUntrusted.
+func (c *Client) Sign(ctx context.Context, csr []byte, token string, ttl time.Duration) (*Signed, error) {
 	if token != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
 	}
-	response, err := c.api.CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: string(csr), ValidityDuration: int64(ttl / time.Second)})
+	if c.BundlesBySDS {
+		ctx = metadata.AppendToOutgoingContext(ctx, deliveryHeader, deliverySDS)
+	}
+	var header metadata.MD
+	response, err := c.api.CreateCertificate(ctx, &pb.IstioCertificateRequest{Csr: string(csr), ValidityDuration: int64(ttl / time.Second)}, grpc.Header(&header))
 	if err != nil {
-		if refused := c.servers.refused.Load(); refused != nil {
-			return nil, "", fmt.Errorf("%w: %w", ErrUntrusted, refused)
-		}
-		s := status.Convert(err)
-		return nil, "", status.Error(s.Code(), plain(s.Message()))
+		return nil, c.Reason(err)
 	}
 	elements := response.GetCertChain()
 	if len(elements) < 2 {
-		return nil, "", errors.New("the CA's answer has no certificate chain followed by a trust bundle")
+		return nil, errors.New("the CA's answer has no certificate chain followed by a trust bundle")
 	}
-	return elements[:len(elements)-1], elements[len(elements)-1], nil
+	return &Signed{Chain: elements[:len(elements)-1], Bundle: elements[len(elements)-1], Number: numberIn(header)}, nil
+}
+
+// Conn is for what else the server has on the same port.
+func (c *Client) Conn() grpc.ClientConnInterface { return c.conn }
+
+// Reason makes of what a call over Conn failed with an error like those of Sign.
+func (c *Client) Reason(err error) error {
+	if refused := c.servers.refused.Load(); refused != nil {
+		return fmt.Errorf("%w: %w", ErrUntrusted, refused)
+	}
+	s := status.Convert(err)
+	return status.Error(s.Code(), plain(s.Message()))
 }
 
 // plain is why there is no connection, without the wrappings in which gRPC's message has it:

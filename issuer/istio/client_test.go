@@ -52,7 +52,7 @@ func TestGRPCWrapsNothingThatPlainDoesNotKnow(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer client.Close()
-		_, _, err = client.Sign(t.Context(), nil, "", 0)
+		_, err = client.Sign(t.Context(), nil, "", 0)
 		if said := status.Convert(err).Message(); !strings.HasPrefix(said, want) || !Retryable(err) {
 			t.Errorf("%s: it says %s", address, said)
 		}

@@ -48,9 +48,15 @@ func inBubble(t *testing.T, o doorOptions, test func(t *testing.T, d *door, w *w
 }
 
 // dial makes a client that pings as often as gRPC lets one: every ten seconds, also without a call. It never closes an idle connection.
-func (w *wire) dial(t *testing.T, d *door) *grpc.ClientConn {
+func (w *wire) dial(t *testing.T, d *door) *grpc.ClientConn { return w.dialWith(t, d, nil) }
+
+func (w *wire) dialWith(t *testing.T, d *door, certificate *tls.Certificate) *grpc.ClientConn {
 	t.Helper()
-	conn, err := grpc.NewClient("passthrough:///door", grpc.WithTransportCredentials(credentials.NewTLS(d.tls())), grpc.WithIdleTimeout(0),
+	config := d.tls()
+	if certificate != nil {
+		config.Certificates = []tls.Certificate{*certificate}
+	}
+	conn, err := grpc.NewClient("passthrough:///door", grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithIdleTimeout(0),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return w.DialContext(ctx) }),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 20 * time.Second, PermitWithoutStream: true}))
 	if err != nil {

@@ -2,6 +2,7 @@ package istio_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -10,12 +11,15 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
 	"log/slog"
+	"math/big"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -36,6 +40,8 @@ import (
 	"kedge/issuer/gate"
 	"kedge/issuer/istio"
 	"kedge/issuer/metrics"
+	"kedge/issuer/reception"
+	"kedge/issuer/sds"
 	"kedge/issuer/serving"
 	"kedge/plugins/file"
 )
@@ -87,6 +93,45 @@ type door struct {
 	ca       *ca.CA
 	log      *lines
 	registry *prometheus.Registry
+	envoys   *sds.Server
+	anchors  *anchors
+	stop     context.CancelFunc // of the streams
+}
+
+// anchors are trust anchors that a test adds.
+type anchors struct {
+	mu      sync.Mutex
+	all     []*x509.Certificate
+	changed chan struct{}
+}
+
+func (a *anchors) Anchors(context.Context) ([]*x509.Certificate, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.all), nil
+}
+
+func (a *anchors) Changed() <-chan struct{} { return a.changed }
+
+// add makes a new root, which the CA trusts from its next look on.
+func (a *anchors) add(t testing.TB) *x509.Certificate {
+	t.Helper()
+	key := newKey(t)
+	template := &x509.Certificate{SerialNumber: big.NewInt(7), Subject: pkix.Name{CommonName: "next"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.mu.Lock()
+	a.all = append(a.all, root)
+	a.mu.Unlock()
+	a.changed <- struct{}{}
+	return root
 }
 
 // doorOptions say in what a door differs from others. A zero field is as it mostly is.
@@ -98,6 +143,8 @@ type doorOptions struct {
 	onCommit    func(ledger.Commit)
 	calls       int           // that are worked on at once; 0: the gate's own
 	patience    time.Duration // with half-sent requests; 0: the gate's own
+	privateKeys bool          // of SDS
+	dir         string        // of the CA; "": any
 }
 
 // openDoor opens everything. profiles are added to the default one.
@@ -118,7 +165,8 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 	}
 	d := &door{log: &lines{}, registry: prometheus.NewRegistry(), roots: x509.NewCertPool()}
 	log := slog.New(slog.NewJSONHandler(d.log, nil))
-	dir := t.TempDir()
+	dir := cmp.Or(o.dir, t.TempDir())
+	d.anchors = &anchors{changed: make(chan struct{}, 1)}
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -143,7 +191,7 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 		made[name], err = ca.NewProfile(name, config)
 		must(err)
 	}
-	d.ca, err = ca.Open(t.Context(), ca.Options{TrustDomain: td, Ledger: d.ledger, Root: root, RootCoverage: ledger.Coverage{Kind: "complete"}, Keys: keys,
+	d.ca, err = ca.Open(t.Context(), ca.Options{TrustDomain: td, Ledger: d.ledger, Root: root, Anchors: d.anchors, RootCoverage: ledger.Coverage{Kind: "complete"}, Keys: keys,
 		Profiles: made, IssuingLifetime: 7 * 24 * time.Hour, IssuingKey: ca.P256, Clock: clock, Guarded: guarded, Logger: log})
 	must(err)
 	d.roots.AppendCertsFromPEM([]byte(d.ca.Bundle().PEM))
@@ -157,19 +205,32 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 	must(err)
 	d.join, err = authn.NewJoinTokens(authn.JoinOptions{TrustDomain: td, Key: joinKey, Identities: []string{"ns/*/sa/*"}, MaxTTL: time.Hour, Ledger: d.ledger})
 	must(err)
-	callers, err := authn.New(authn.Options{TrustDomain: td, Join: d.join, Certificates: d.ca.ClientCertificates(), Logger: log,
+	callers, err := authn.New(authn.Options{TrustDomain: td, Join: d.join, Skew: time.Second, Certificates: d.ca.ClientCertificates(), Logger: log,
 		Issuers: append([]authn.IssuerConfig{{Name: "main", Kind: authn.KindKubernetes, Issuer: tokenIssuer, Audiences: []string{"istio-ca"}, JWKSFile: filepath.Join(dir, "jwks.json")}},
 			o.issuers...)})
 	must(err)
 	background, cancel := context.WithCancel(context.Background())
 	fetching := make(chan error, 1)
 	go func() { fetching <- callers.Run(background) }()
-	t.Cleanup(func() { cancel(); <-fetching })
+	running := make(chan error, 1)
+	go func() { running <- d.ca.Run(background) }()
+	t.Cleanup(func() { cancel(); <-fetching; <-running })
 	certificate, err := serving.New(t.Context(), d.ca, []string{"localhost", "127.0.0.1"}, time.Hour, log)
 	must(err)
+	renewing := make(chan error, 1)
+	go func() { renewing <- certificate.Run(background) }()
+	t.Cleanup(func() { cancel(); <-renewing })
 	counters := metrics.New(d.registry)
-	crowd := gate.New(gate.Options{Calls: o.calls, Patience: o.patience, Work: istio.IsCSR, Logger: log, Metrics: counters})
-	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute,
+	crowd := gate.New(gate.Options{Calls: o.calls, Patience: o.patience, Work: istio.IsCSR, Streams: sds.IsSDS, Logger: log, Metrics: counters})
+	desk := &reception.Desk{Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute}
+	streams := sds.NewCallers(sds.CallersOptions{Desk: desk, CA: d.ca, PrivateKeys: o.privateKeys, Timeout: 10 * time.Second})
+	ending, stop := context.WithCancel(context.Background())
+	d.stop = stop
+	d.envoys = sds.New(sds.Options{Opener: streams, Ending: ending, Logger: log, Metrics: counters})
+	o.connections.SDS = d.envoys
+	looking := make(chan error, 1)
+	go func() { looking <- streams.Run(background) }()
+	server, _ := istio.NewGRPCServer(&istio.Server{CA: d.ca, Desk: desk,
 		Tracer: noop.NewTracerProvider().Tracer(""), Timeout: 10 * time.Second}, certificate.TLS(), o.connections)
 	if o.listener == nil {
 		o.listener, err = net.Listen("tcp", "127.0.0.1:0")
@@ -178,7 +239,7 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 	d.address = o.listener.Addr().String()
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(crowd.Listener(o.listener)) }()
-	t.Cleanup(func() { server.Stop(); <-ended })
+	t.Cleanup(func() { stop(); server.Stop(); <-ended; cancel(); <-looking })
 	return d
 }
 

@@ -14,13 +14,15 @@ import (
 	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
 	pb "istio.io/api/security/v1alpha1"
+
+	"kedge/issuer/sds"
 )
 
 // Limits of what a caller may send.
 const (
 	maxMessage = 256 << 10 // octets; a CSR has at most 16 KiB, and a larger one still gets a clear answer
 	maxHeaders = 32 << 10  // octets; a token has at most 16 KiB
-	maxStreams = 16        // calls at once on one connection: an istio-agent makes one, a ztunnel some
+	maxStreams = 32        // calls at once on one connection: an istio-agent makes one, a ztunnel some, an Envoy one for each secret that it names
 	window     = 64 << 10  // octets that a client may send ahead, on a stream and on a connection: the least that HTTP/2 allows, and never more
 
 	// readBuffer is what each connection keeps, in octets: enough for a request with its header.
@@ -40,12 +42,15 @@ type Connections struct {
 	Reflection  bool          // whether gRPC reflection lists the services
 	Stats       stats.Handler // traces; nil: none
 
+	// SDS is served on the same port; nil: it is not. Its streams end by themselves, and with its own Options.Ending.
+	SDS *sds.Server
+
 	// Streams ends the streams of health and reflection, which do not end by themselves, so that a server can stop in good order
 	// as soon as its calls are answered; nil: they end with the server.
 	Streams context.Context
 }
 
-// NewGRPCServer makes the gRPC server of the CSR API's port, with health and, if asked for, reflection.
+// NewGRPCServer makes the gRPC server of the CSR API's port, with SDS, health and, if asked for, reflection.
 // The health service's status is the caller's to set. The listener that it serves has to be one of s.Gate's.
 func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, *health.Server) {
 	options := []grpc.ServerOption{
@@ -53,6 +58,7 @@ func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, 
 		grpc.StatsHandler(s.Gate.Stats()),
 		grpc.ChainUnaryInterceptor(s.Gate.UnaryInterceptor),
 		grpc.ChainStreamInterceptor(s.Gate.StreamInterceptor),
+		sds.ServerOption(),
 		grpc.StaticStreamWindowSize(window),
 		grpc.StaticConnWindowSize(window),
 		grpc.ReadBufferSize(readBuffer), // connections are many, and mostly idle
@@ -67,7 +73,10 @@ func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, 
 		}),
 	}
 	if c.Streams != nil {
-		options = append(options, grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		options = append(options, grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+			if sds.IsSDS(info.FullMethod) {
+				return handle(srv, stream) // very many, and without another goroutine for each
+			}
 			ctx, cancel := context.WithCancel(stream.Context())
 			defer cancel()
 			defer context.AfterFunc(c.Streams, cancel)()
@@ -79,6 +88,9 @@ func NewGRPCServer(s *Server, config *tls.Config, c Connections) (*grpc.Server, 
 	}
 	server := grpc.NewServer(options...)
 	pb.RegisterIstioCertificateServiceServer(server, s)
+	if c.SDS != nil {
+		c.SDS.Register(server)
+	}
 	healthServer := health.NewServer()
 	grpc_health_v1.RegisterHealthServer(server, healthServer)
 	if c.Reflection {

@@ -58,12 +58,21 @@ type promise struct {
 	says string // is part of the status message
 }
 
-// readPromises reads the tables of docs/refusals.md: | `case` | code | text |.
-func readPromises(t *testing.T) map[string]promise {
+// readPromises reads tables of docs/refusals.md: | `case` | code | text |. Those of SDS are apart.
+func readPromises(t *testing.T, sds bool) map[string]promise {
 	t.Helper()
 	page, err := os.ReadFile("../../docs/refusals.md")
 	if err != nil {
 		t.Fatal(err)
+	}
+	csr, rest, _ := strings.Cut(string(page), "\n## SDS\n")
+	streams, rest, found := strings.Cut(rest, "\n## ")
+	if !found {
+		t.Fatal("docs/refusals.md has no part about SDS")
+	}
+	part := csr + rest
+	if sds {
+		part = streams
 	}
 	row := regexp.MustCompile(`(?m)^\| ([^|]+) \| (\w+) \| (.*) \|$`)
 	names := map[string]codes.Code{}
@@ -71,7 +80,7 @@ func readPromises(t *testing.T) map[string]promise {
 		names[c.String()] = c
 	}
 	promises := map[string]promise{}
-	for _, cells := range row.FindAllStringSubmatch(string(page), -1) {
+	for _, cells := range row.FindAllStringSubmatch(part, -1) {
 		code, ok := names[cells[2]]
 		if !ok {
 			continue // the heading
@@ -96,7 +105,7 @@ func TestEachBadInputGetsTheCodeAndTheTextThatTheDocsPromise(t *testing.T) {
 	private := ca.DefaultProfileConfig()
 	private.Identities = []string{"ns/other/sa/*"}
 	d := openDoor(t, map[string]ca.ProfileConfig{"strict": strict, "private": private})
-	api, promises, calls := d.api(t, nil), readPromises(t), badCalls(t, d)
+	api, promises, calls := d.api(t, nil), readPromises(t, false), badCalls(t, d)
 	good := csrFor(t, newKey(t), nil)
 	var issued uint64
 	for name := range promises {

@@ -5,30 +5,22 @@ package istio
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"runtime/debug"
 	"time"
 
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
-	grpccodes "google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 	pb "istio.io/api/security/v1alpha1"
 
 	"kedge/ca"
-	"kedge/ca/ledger"
-	"kedge/issuer/authn"
-	"kedge/issuer/gate"
 	"kedge/issuer/metrics"
+	"kedge/issuer/reception"
 )
 
 // The fields of IstioCertificateRequest.metadata that mean something.
@@ -37,19 +29,12 @@ const (
 	impersonatedIdentity = "ImpersonatedIdentity" // ztunnel asks for a workload on its node
 )
 
-// requestIDHeader carries the request id back, in the header of every answer.
-const requestIDHeader = "x-request-id"
-
 // Server implements IstioCertificateService.
 type Server struct {
 	pb.UnimplementedIstioCertificateServiceServer
+	*reception.Desk
 	CA      *ca.CA
-	Callers *authn.Authenticator
-	Metrics *metrics.Metrics
-	Log     *slog.Logger
 	Tracer  trace.Tracer
-	Gate    *gate.Gate    // at which callers take turns
-	Waiting time.Duration // how long a call may wait for its turn, which costs next to nothing
 	Timeout time.Duration // of one call once it has its turn: the agent sets none, and waits with a lock held
 }
 
@@ -63,17 +48,17 @@ func IsCSR(method string) bool {
 // The answer's cert_chain has the leaf first, then what leads to a root, one certificate an element, and last the whole trust
 // bundle in one element. The codes are those that make the agent try again when that helps: Unavailable, and no other.
 func (s *Server) CreateCertificate(ctx context.Context, request *pb.IstioCertificateRequest) (*pb.IstioCertificateResponse, error) {
-	began, id := time.Now(), newRequestID()
+	began, id := time.Now(), reception.NewRequestID()
 	ctx, span := s.Tracer.Start(ctx, "issue")
 	defer span.End()
-	_ = grpc.SetHeader(ctx, metadata.Pairs(requestIDHeader, id)) // fails only after the header was sent
+	_ = grpc.SetHeader(ctx, metadata.Pairs(reception.RequestIDHeader, id)) // fails only after the header was sent
 
 	issued, caller, err := s.issue(ctx, id, request)
 	if err != nil {
-		result, answer := refuse(id, err)
+		result, answer := reception.Refuse(id, err)
 		s.Metrics.Call(result, time.Since(began))
 		span.SetStatus(codes.Error, result)
-		s.logRefusal(ctx, id, result, caller, err)
+		s.LogRefusal(ctx, "certificate refused", id, result, caller, err)
 		return nil, answer
 	}
 	s.Metrics.Call(metrics.ResultIssued, time.Since(began))
@@ -84,6 +69,8 @@ func (s *Server) CreateCertificate(ctx context.Context, request *pb.IstioCertifi
 		attrs = append(attrs, slog.String("clamped_from", ca.DurationText(issued.ClampedFrom)))
 	}
 	s.Log.LogAttrs(ctx, slog.LevelInfo, "certificate issued", attrs...)
+	number := BundleNumber{issued.Bundle.Incarnation().String(), issued.Bundle.Sequence}
+	_ = grpc.SetHeader(ctx, metadata.Pairs(bundleHeader, number.String())) // as above
 	return &pb.IstioCertificateResponse{CertChain: append(issued.Chain, issued.Bundle.PEM)}, nil
 }
 
@@ -95,20 +82,14 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 			err = errors.New("panic")
 		}
 	}()
-	credentials, address := callerOf(ctx)
-	credentials.RequestID = id
+	credentials, place, err := s.Admit(ctx, id)
 	caller.Peer = credentials.Peer
-	place, err := s.enter(ctx, address)
 	if err != nil {
 		return nil, caller, err
 	}
 	defer place.Leave()
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
-	credentials.Aside = func() (back func(context.Context) error) {
-		place.Leave()
-		return place.Again
-	}
 	authenticated, err := s.Callers.Authenticate(ctx, credentials)
 	if err != nil {
 		return nil, caller, err
@@ -134,7 +115,7 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 		return nil, caller, err
 	}
 	place.Checked()
-	issued, err = requested.Issue(ctx, ca.Request{TTL: ca.Seconds(request.GetValidityDuration()), Delivery: ledger.DeliveryResponse, RequestID: id})
+	issued, err = requested.Issue(ctx, ca.Request{TTL: ca.Seconds(request.GetValidityDuration()), Delivery: deliveryOf(ctx), RequestID: id})
 	if err == nil {
 		if profile == "" {
 			profile = ca.DefaultProfile
@@ -142,19 +123,6 @@ func (s *Server) issue(ctx context.Context, id string, request *pb.IstioCertific
 		s.Metrics.Issued(profile, caller.Proofs[0].Method, issued.ClampedFrom > 0)
 	}
 	return issued, caller, err
-}
-
-// enter waits for the call's turn.
-func (s *Server) enter(ctx context.Context, address net.Addr) (place *gate.Place, err error) {
-	waiting, cancel := context.WithTimeout(ctx, s.Waiting)
-	defer cancel()
-	began := time.Now()
-	place, err = s.Gate.Enter(waiting, address)
-	s.Metrics.Waited(time.Since(began))
-	if err != nil && ctx.Err() == nil {
-		err = ca.Unavailable(err)
-	}
-	return place, err
 }
 
 // metadataText reads a field of the request's metadata. One that is not a text is refused rather than passed over.
@@ -167,68 +135,4 @@ func metadataText(request *pb.IstioCertificateRequest, name string) (string, err
 		return text.StringValue, nil
 	}
 	return "", ca.Invalid(fmt.Errorf("metadata.%s is not a string", name))
-}
-
-// maxClusterID bounds the caller's own word that goes into the ledger.
-const maxClusterID = 128
-
-// callerOf takes from a call what may prove who is asking, and its address.
-func callerOf(ctx context.Context) (c authn.Credentials, address net.Addr) {
-	if md, ok := metadata.FromIncomingContext(ctx); ok {
-		c.Tokens = md.Get("authorization")
-		if ids := md.Get("clusterid"); len(ids) > 0 {
-			c.ClusterID = ids[0][:min(len(ids[0]), maxClusterID)]
-		}
-	}
-	if p, ok := peer.FromContext(ctx); ok {
-		address, c.Peer = p.Addr, p.Addr.String()
-		if info, ok := p.AuthInfo.(gate.Info); ok {
-			c.Certificates = info.State.PeerCertificates
-		}
-	}
-	return c, address
-}
-
-// refuse turns an error into what the caller gets to see. Only a wrong request is explained: for everything else the request id leads an admin to the log.
-func refuse(id string, err error) (result string, answer error) {
-	switch {
-	case errors.Is(err, ca.ErrCSR):
-		return metrics.ResultBadCSR, status.Errorf(grpccodes.InvalidArgument, "%s (request id %s)", err, id)
-	case errors.Is(err, ca.ErrInvalid):
-		return metrics.ResultInvalid, status.Errorf(grpccodes.InvalidArgument, "%s (request id %s)", err, id)
-	case errors.Is(err, ca.ErrUnauthenticated):
-		return metrics.ResultUnauthenticated, status.Errorf(grpccodes.Unauthenticated, "not authenticated; the CA's log says why (request id %s)", id)
-	case errors.Is(err, ca.ErrDenied):
-		return metrics.ResultDenied, status.Errorf(grpccodes.PermissionDenied, "permission denied; the CA's log says why (request id %s)", id)
-	case errors.Is(err, context.Canceled):
-		return metrics.ResultCanceled, status.Errorf(grpccodes.Canceled, "the caller went away (request id %s)", id)
-	case errors.Is(err, ca.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
-		// Istio's retry interceptor never repeats DeadlineExceeded, whatever its list says; Unavailable it does.
-		return metrics.ResultUnavailable, status.Errorf(grpccodes.Unavailable, "temporarily unavailable, try again; the CA's log says why (request id %s)", id)
-	}
-	return metrics.ResultInternal, status.Errorf(grpccodes.Internal, "internal error; the CA's log says which (request id %s)", id)
-}
-
-func (s *Server) logRefusal(ctx context.Context, id, result string, caller ca.Caller, err error) {
-	level := slog.LevelWarn
-	switch result {
-	case metrics.ResultInternal, metrics.ResultUnavailable:
-		level = slog.LevelError
-	case metrics.ResultCanceled:
-		level = slog.LevelInfo
-	}
-	if errors.Is(err, ledger.ErrSuperseded) { // a join token is in two hands
-		level = slog.LevelError
-	}
-	attrs := []slog.Attr{slog.String("request_id", id), slog.String("result", result), slog.String("reason", err.Error()), slog.String("peer", caller.Peer)}
-	if !caller.ID.IsZero() {
-		attrs = append(attrs, slog.String("spiffe_id", caller.ID.String()))
-	}
-	s.Log.LogAttrs(ctx, level, "certificate refused", attrs...)
-}
-
-func newRequestID() string {
-	var octets [8]byte
-	rand.Read(octets[:]) // never fails since Go 1.24
-	return hex.EncodeToString(octets[:])
 }

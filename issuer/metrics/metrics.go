@@ -27,6 +27,12 @@ type Metrics struct {
 	commitEvents  prometheus.Histogram // kedge_ledger_commit_events
 	commitFailed  prometheus.Counter   // kedge_ledger_commit_failures_total
 
+	sdsStreams *prometheus.GaugeVec   // kedge_sds_streams
+	sdsOpened  *prometheus.CounterVec // kedge_sds_opened_total
+	sdsPushes  *prometheus.CounterVec // kedge_sds_pushes_total
+	sdsAnswers *prometheus.CounterVec // kedge_sds_answers_total
+	sdsFailed  prometheus.Counter     // kedge_sds_issue_failures_total
+
 	csrCount, authFailures, csrParsing, success prometheus.Counter
 	csrSign                                     *prometheus.CounterVec
 }
@@ -55,11 +61,16 @@ func New(registry prometheus.Registerer) *Metrics {
 		issued:        vector("kedge_certificates_issued_total", "SVIDs handed out, by profile and by how the caller proved itself.", "profile", "method"),
 		clamped:       counter("kedge_ttl_clamped_total", "SVIDs that were given the profile's maximum TTL because more was asked for."),
 		waited:        histogram("kedge_csr_wait_seconds", "Time that calls of the CSR API waited for their turn.", seconds),
-		refused:       vector("kedge_refused_total", "What was refused at the gate: connection, call; idle-closed: an idle connection that made room for a new one; slow-closed: one whose client did not send the rest of a request; in-vain-closed: one of which a hundred calls in a row were refused or taken back.", "reason"),
+		refused:       vector("kedge_refused_total", "What was refused at the gate: connection, call, stream; idle-closed: an idle connection that made room for a new one; slow-closed: one whose client did not send the rest of a request; in-vain-closed: one of which a hundred calls in a row were refused or taken back.", "reason"),
 		handshakes:    vector("kedge_handshakes_total", "TLS handshakes on the CSR API's port, by how they ended: good, failed.", "result"),
 		commitSeconds: histogram("kedge_ledger_commit_duration_seconds", "Time of one ledger commit, until it is durable.", seconds),
 		commitEvents:  histogram("kedge_ledger_commit_events", "Events in one ledger commit.", prometheus.ExponentialBuckets(1, 2, 10)),
 		commitFailed:  counter("kedge_ledger_commit_failures_total", "Ledger commits that failed: the callers in them were refused."),
+		sdsStreams:    prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "kedge_sds_streams", Help: "Streams of Envoys and other clients of SDS, by protocol: state-of-the-world, delta."}, []string{"kind"}),
+		sdsOpened:     vector("kedge_sds_opened_total", "SDS streams and fetches that were asked for, by how that ended: opened, or why not; private-keys-off: an SVID was asked for, and sds.privateKeys is false.", "result"),
+		sdsPushes:     vector("kedge_sds_pushes_total", "Secrets sent by SDS, by what they are.", "resource"),
+		sdsAnswers:    vector("kedge_sds_answers_total", "What clients of SDS said of secrets: ack: they took it; nack: they did not, and go on with the one that they have.", "resource", "answer"),
+		sdsFailed:     counter("kedge_sds_issue_failures_total", "SVIDs that could not be issued for an SDS stream, which is tried again."),
 		csrCount:      counter("citadel_server_csr_count", "The number of CSRs received by Citadel server."),
 		authFailures:  counter("citadel_server_authentication_failure_count", "The number of authentication failures."),
 		csrParsing:    counter("citadel_server_csr_parsing_err_count", "The number of errors occurred when parsing the CSR."),
@@ -67,9 +78,10 @@ func New(registry prometheus.Registerer) *Metrics {
 		success:       counter("citadel_server_success_cert_issuance_count", "The number of certificates issuances that have succeeded."),
 	}
 	// What can be counted is there from the start, at 0, so that a rate of it can be told.
-	for _, reason := range []string{gate.RefusedConnection, gate.RefusedCall, gate.ClosedIdle, gate.ClosedSlow, gate.ClosedInVain} {
+	for _, reason := range []string{gate.RefusedConnection, gate.RefusedCall, gate.RefusedStream, gate.ClosedIdle, gate.ClosedSlow, gate.ClosedInVain} {
 		m.refused.WithLabelValues(reason)
 	}
+	registry.MustRegister(m.sdsStreams)
 	for _, result := range []string{handshakeGood, handshakeFailed} {
 		m.handshakes.WithLabelValues(result)
 	}
@@ -85,7 +97,9 @@ const (
 	ResultDenied          = "denied"
 	ResultUnavailable     = "unavailable"
 	ResultCanceled        = "canceled"
-	ResultUnread          = "unread" // refused by gRPC itself, as when the message was too large
+	ResultOpened          = "opened"           // an SDS stream
+	ResultKeysOff         = "private-keys-off" // an SVID was asked for by SDS, and it is not configured that keys travel
+	ResultUnread          = "unread"           // refused by gRPC itself, as when the message was too large
 	ResultInternal        = "internal"
 )
 
@@ -105,6 +119,29 @@ func (m *Metrics) Call(result string, d time.Duration) {
 		m.csrSign.WithLabelValues(result).Inc()
 	}
 }
+
+// SDSStream counts a stream that began, or one less.
+func (m *Metrics) SDSStream(kind string, more int) {
+	m.sdsStreams.WithLabelValues(kind).Add(float64(more))
+}
+
+// SDSOpened counts an attempt to open an SDS stream.
+func (m *Metrics) SDSOpened(result string) { m.sdsOpened.WithLabelValues(result).Inc() }
+
+// SDSPushed counts a secret that was sent.
+func (m *Metrics) SDSPushed(resource string) { m.sdsPushes.WithLabelValues(resource).Inc() }
+
+// SDSAnswered counts what a client said of a secret.
+func (m *Metrics) SDSAnswered(resource string, took bool) {
+	answer := "nack"
+	if took {
+		answer = "ack"
+	}
+	m.sdsAnswers.WithLabelValues(resource, answer).Inc()
+}
+
+// SDSIssueFailed counts an SVID that could not be issued for an SDS stream.
+func (m *Metrics) SDSIssueFailed() { m.sdsFailed.Inc() }
 
 const (
 	handshakeGood   = "good"
@@ -153,9 +190,18 @@ type Collector struct {
 	Problems func() []ca.Problem // what is wrong though the CA goes on
 	Gate     *gate.Gate          // of the CSR API's port
 	Serving  func() time.Time    // when the serving certificate expires; zero while there is none
+	SDS      func() SDS          // how the streams stand; nil: there are none
+}
+
+// SDS is how the streams of SDS stand.
+type SDS struct {
+	Behind int    // streams that have not acknowledged the CA's bundle
+	Oldest uint64 // the oldest bundle that one acknowledged last; 0: none did
 }
 
 var (
+	sdsBehindDesc   = prometheus.NewDesc("kedge_sds_streams_behind", "SDS streams that have not acknowledged the trust bundle of now: they ask for none, or wait for it, or did not take it.", nil, nil)
+	sdsOldestDesc   = prometheus.NewDesc("kedge_sds_oldest_bundle", "Sequence number of the oldest trust bundle that an open SDS stream acknowledged last; 0 while none did.", nil, nil)
 	authorityDesc   = prometheus.NewDesc("kedge_authority_not_after_timestamp_seconds", "When an authority that is not removed expires.", []string{"id", "role", "state"}, nil)
 	liveDesc        = prometheus.NewDesc("kedge_live_certificates", "Unexpired certificates in the ledger's holdings.", nil, nil)
 	sequenceDesc    = prometheus.NewDesc("kedge_bundle_sequence", "Sequence number of the trust bundle.", nil, nil)
@@ -172,7 +218,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (c Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, problemDesc, connectionsDesc, waitingDesc, servingDesc, rootDesc, chainDesc} {
+	for _, d := range []*prometheus.Desc{authorityDesc, liveDesc, sequenceDesc, numberDesc, faultDesc, problemsDesc, problemDesc, connectionsDesc, waitingDesc, servingDesc, rootDesc, chainDesc, sdsBehindDesc, sdsOldestDesc} {
 		ch <- d
 	}
 }
@@ -228,6 +274,11 @@ func (c Collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(servingDesc, serving)
 	gauge(rootDesc, float64(root.Unix()))
+	if c.SDS != nil {
+		streams := c.SDS()
+		gauge(sdsBehindDesc, float64(streams.Behind))
+		gauge(sdsOldestDesc, float64(streams.Oldest))
+	}
 	if !chain.IsZero() {
 		gauge(chainDesc, float64(chain.Unix()))
 	}

@@ -11,8 +11,9 @@ import (
 
 // Materials are what there is to hand out at one moment. They never change.
 type Materials struct {
-	SVID    *SVID     // nil: there is none
-	Bundles []*Bundle // trust bundles, the own trust domain's first
+	ID      spiffeid.ID // that a stream's SVID is or will be for; zero: not known yet
+	SVID    *SVID       // nil: there is none
+	Bundles []*Bundle   // trust bundles, the own trust domain's first. Sources with the same ones share the slice: then what is made of it is made once
 }
 
 // SVID is an X.509-SVID with its key.
@@ -36,11 +37,14 @@ type Bundle struct {
 type Wants struct {
 	SVID   bool // the SVID with its key, by whatever name
 	Bundle bool // a trust bundle, by whatever name
+	// Holds is the serial number, in lower-case hex, of the SVID that the client has had since an earlier stream, as it says; "": it has none. If Materials still
+	// has that one, it is not sent again.
+	Holds string
 }
 
 // Answer is what a client said of a response.
 type Answer struct {
-	Names  []string // the secrets that were in it, as the client asked for them
+	Names  []string // the secrets that were in it, as the client asked for them; or those that it has had since an earlier stream and need not be sent
 	SVID   *SVID    // the one that was in it; nil: none
 	Bundle *Bundle  // the oldest of the own trust domain that was in it by a name that makes the client verify with it; nil: none
 	Reason string   // of a refusal (NACK); "": the client took it (ACK)

@@ -12,14 +12,29 @@ import (
 //go:embed config.go
 var declarations string
 
-// Comments returns the comment of each field of each struct of this package's config.go, by "Struct.Field", and what the package says of itself.
-// They are what people read about a key: in docs/configuration.md, and in what "kedge init" writes.
+//go:embed agent.go
+var agentDeclarations string
+
+// Comments returns the comment of each field of each struct of this package's config.go and agent.go, by "Struct.Field", and what the package says of itself.
+// They are what people read about a key: in docs/configuration.md and docs/agent-configuration.md, and in what "kedge init" writes.
 func Comments() (fields map[string]string, intro string, err error) {
-	file, err := parser.ParseFile(token.NewFileSet(), "config.go", declarations, parser.ParseComments)
+	fields = map[string]string{}
+	file, err := comments(fields, "config.go", declarations)
+	if err == nil {
+		_, err = comments(fields, "agent.go", agentDeclarations)
+	}
 	if err != nil {
 		return nil, "", fmt.Errorf("reading the declarations of the configuration: %w", err)
 	}
-	fields = map[string]string{}
+	_, intro, _ = strings.Cut(file.Doc.Text(), "\n\n")
+	return fields, intro, nil
+}
+
+func comments(fields map[string]string, name, text string) (*ast.File, error) {
+	file, err := parser.ParseFile(token.NewFileSet(), name, text, parser.ParseComments)
+	if err != nil {
+		return nil, err
+	}
 	ast.Inspect(file, func(node ast.Node) bool {
 		spec, ok := node.(*ast.TypeSpec)
 		if !ok {
@@ -34,6 +49,5 @@ func Comments() (fields map[string]string, intro string, err error) {
 		}
 		return true
 	})
-	_, intro, _ = strings.Cut(file.Doc.Text(), "\n\n")
-	return fields, intro, nil
+	return file, nil
 }

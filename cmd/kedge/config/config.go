@@ -31,6 +31,8 @@ type Config struct {
 	DataDir string `yaml:"dataDir" kind:"path"`
 	// The door of the Istio CSR API: where istio-agents and ztunnels send their CSRs.
 	CSR CSR `yaml:"csr"`
+	// Envoy's SDS, on the same port.
+	SDS SDS `yaml:"sds"`
 	// Health and metrics, over plain HTTP.
 	Operations Operations `yaml:"operations"`
 	// The log goes to standard error.
@@ -90,6 +92,13 @@ type CSR struct {
 	KeepaliveTimeout Duration `yaml:"keepaliveTimeout"`
 	// Whether gRPC reflection answers, so that tools like grpcurl find the methods.
 	Reflection bool `yaml:"reflection"`
+}
+
+// SDS is what Envoys get by the Secret Discovery Service.
+type SDS struct {
+	// Whether an Envoy that asks for its SVID gets one, with a private key that the CA makes for its stream and sends along. false: a key never travels, and only
+	// trust bundles are served; 'kedge agent' beside the workload makes the key there.
+	PrivateKeys bool `yaml:"privateKeys"`
 }
 
 // Operations is health and metrics.

@@ -21,36 +21,55 @@ const maxFile = 1 << 20
 // Load reads the file at path. What the file leaves out has its default. The error is an *Error, with everything that is wrong with the
 // file's form, when the file could be read; call Validate for whether the values make sense.
 func Load(path string) (*Config, error) {
-	file, err := os.Open(path)
+	text, folder, err := read(path)
 	if err != nil {
-		return nil, fmt.Errorf("opening the configuration: %w", err)
-	}
-	defer file.Close() // it was only read
-	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	if err != nil {
-		return nil, fmt.Errorf("reading the configuration %s: %w", path, err)
-	}
-	folder, err := filepath.Abs(filepath.Dir(path))
-	if err != nil {
-		return nil, fmt.Errorf("finding the folder of the configuration %s: %w", path, err)
+		return nil, err
 	}
 	return parse(text, path, folder)
 }
 
+// read reads a file, and finds the folder at which its relative paths begin.
+func read(path string) (text []byte, folder string, err error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, "", fmt.Errorf("opening the configuration: %w", err)
+	}
+	defer file.Close() // it was only read
+	text, err = io.ReadAll(io.LimitReader(file, maxFile+1))
+	if err != nil {
+		return nil, "", fmt.Errorf("reading the configuration %s: %w", path, err)
+	}
+	folder, err = filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, "", fmt.Errorf("finding the folder of the configuration %s: %w", path, err)
+	}
+	return text, folder, nil
+}
+
 // parse reads the text of a file whose relative paths begin at folder.
 func parse(text []byte, name, folder string) (*Config, error) {
-	r := reader{given: map[string]bool{}}
 	c := Default()
-	if document, ok := r.document(text); ok {
-		r.value("", document, reflect.ValueOf(c).Elem())
-	}
-	if len(r.problems) > 0 {
-		return nil, &Error{File: name, Problems: r.problems}
+	r, err := decode(text, name, c)
+	if err != nil {
+		return nil, err
 	}
 	r.settle(c)
 	resolvePaths(reflect.ValueOf(c).Elem(), "", folder)
 	c.fillRootDir()
 	return c, nil
+}
+
+// decode puts the text of a file into what into points at, which holds the defaults.
+func decode(text []byte, name string, into any) (*reader, error) {
+	root := reflect.ValueOf(into).Elem()
+	r := &reader{given: map[string]bool{}, root: root.Type()}
+	if document, ok := r.document(text); ok {
+		r.value("", document, root)
+	}
+	if len(r.problems) > 0 {
+		return nil, &Error{File: name, Problems: r.problems}
+	}
+	return r, nil
 }
 
 // document decodes the one YAML document of a file. False: there is none, or it cannot be read.

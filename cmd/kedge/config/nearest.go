@@ -8,7 +8,7 @@ import (
 
 // unknown says what to write in place of a key that a section does not have: the nearest of its keys, else where a key of
 // that name stands, else which keys there are.
-func unknown(section reflect.Type, path, key string) string {
+func unknown(root, section reflect.Type, path, key string) string {
 	var names []string
 	best, distance := "", 1+len(key)/4
 	for i := range section.NumField() {
@@ -23,7 +23,7 @@ func unknown(section reflect.Type, path, key string) string {
 	if best != "" {
 		return fmt.Sprintf("unknown key; the nearest valid one is %s", at(path, best))
 	}
-	if elsewhere := find(reflect.TypeFor[Config](), "", key); len(elsewhere) > 0 {
+	if elsewhere := find(root, "", key); len(elsewhere) > 0 {
 		return fmt.Sprintf("unknown key here; there is %s", strings.Join(elsewhere, " and "))
 	}
 	return fmt.Sprintf("unknown key; valid ones here are %s", strings.Join(names, ", "))

@@ -17,9 +17,10 @@ const (
 	maxProblems = 50     // that are told at once
 )
 
-// reader puts decoded YAML into a Config, strictly, and gathers what is wrong.
+// reader puts decoded YAML into a Config or an Agent, strictly, and gathers what is wrong.
 type reader struct {
 	problems
+	root   reflect.Type    // of what is read
 	given  map[string]bool // paths of the keys that the file has
 	nodes  int             // values seen, aliases followed
 	octets int             // of their text
@@ -97,7 +98,7 @@ func (r *reader) value(path string, node any, into reflect.Value) {
 			r.mismatch(path, "a number", node)
 		}
 	default:
-		panic("config: no rule for the type " + into.Type().String()) // a defect: the types are those of Config
+		panic("config: no rule for the type " + into.Type().String()) // a defect: the types are those of Config and Agent
 	}
 }
 
@@ -120,7 +121,7 @@ func (r *reader) section(path string, node any, into reflect.Value) {
 		}
 		field, known := fields[key]
 		if !known {
-			r.refuse(at(path, key), "%s", unknown(into.Type(), path, key))
+			r.refuse(at(path, key), "%s", unknown(r.root, into.Type(), path, key))
 			continue
 		}
 		r.given[at(path, key)] = true
@@ -185,6 +186,10 @@ func fresh(t reflect.Type) reflect.Value {
 		*p = defaultProfile()
 	case *TokenIssuer:
 		*p = DefaultTokenIssuer()
+	case *AgentWorkload:
+		*p = DefaultAgentWorkload()
+	case *AgentSocket:
+		*p = DefaultAgentSocket()
 	}
 	return v
 }

@@ -157,8 +157,12 @@ func (v *validation) operations(c *Config) {
 	if err == nil && csrErr == nil && port == csrPort && port != "0" && (host == csrHost || anyAddress(host) || anyAddress(csrHost)) {
 		v.refuse("operations.listen", "%s takes the port of csr.listen %s: give one of them another port", c.Operations.Listen, c.CSR.Listen)
 	}
-	v.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
-	v.oneOf("log.format", c.Log.Format, "json", "text")
+	v.log(c.Log)
+}
+
+func (v *validation) log(l Log) {
+	v.oneOf("log.level", l.Level, "debug", "info", "warn", "error")
+	v.oneOf("log.format", l.Format, "json", "text")
 }
 
 func (v *validation) tracing(t Tracing) {

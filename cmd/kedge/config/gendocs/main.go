@@ -1,4 +1,4 @@
-// Command gendocs writes docs/configuration.md from the comments and tags of package config, so that the page cannot differ from the code:
+// Command gendocs writes docs/configuration.md and docs/agent-configuration.md from the comments and tags of package config, so that the pages cannot differ from the code:
 //
 //	go run ./cmd/kedge/config/gendocs
 package main
@@ -16,16 +16,17 @@ import (
 	"kedge/cmd/kedge/config"
 )
 
-const (
-	source = "cmd/kedge/config/config.go"
-	page   = "docs/configuration.md"
-)
+// pages are what is written, each with what makes it.
+var pages = map[string]func() ([]byte, error){"docs/configuration.md": generate, "docs/agent-configuration.md": generateAgent}
 
 func main() {
 	root, err := moduleRoot()
-	if err == nil {
+	for page, generate := range pages {
 		var text []byte
-		if text, err = generate(); err == nil {
+		if err == nil {
+			text, err = generate()
+		}
+		if err == nil {
 			err = os.WriteFile(filepath.Join(root, page), text, 0o644)
 		}
 	}
@@ -53,20 +54,36 @@ func moduleRoot() (string, error) {
 	}
 }
 
-// generate makes the page from the declarations of the configuration.
+// generate makes the page of the CA's configuration.
 func generate() ([]byte, error) {
 	comments, intro, err := config.Comments()
 	if err != nil {
 		return nil, err
 	}
 	g := generator{comments: comments}
-	g.write("# Configuration\n\n<!-- Generated from the comments in %s by: go run ./cmd/kedge/config/gendocs -->\n\n%s\n", source, escape(intro))
+	g.write("# Configuration\n\n<!-- Generated from the comments in cmd/kedge/config/config.go by: go run ./cmd/kedge/config/gendocs -->\n\n%s\n", escape(intro))
 	g.write("## What holds without a file\n\n```yaml\n")
 	if err := config.Default().Print(&g.text, false); err != nil {
 		return nil, err
 	}
 	g.write("```\n\n## The keys at the top\n\n")
 	if err := g.section("", reflect.ValueOf(*config.Default())); err != nil {
+		return nil, err
+	}
+	return append(bytes.TrimRight(g.text.Bytes(), "\n"), '\n'), nil
+}
+
+// generateAgent makes the page of the agent's configuration.
+func generateAgent() ([]byte, error) {
+	comments, _, err := config.Comments()
+	if err != nil {
+		return nil, err
+	}
+	g := generator{comments: comments}
+	g.write("# Configuration of `kedge agent`\n\n<!-- Generated from the comments in cmd/kedge/config/agent.go by: go run ./cmd/kedge/config/gendocs -->\n\n")
+	g.write("The file that `kedge agent --config FILE` reads: YAML, and as strict as the CA's ([configuration.md](configuration.md)). Relative paths begin at the folder of the file. ")
+	g.write("What it is for, with examples: [agent.md](agent.md).\n\n## The keys at the top\n\n")
+	if err := g.section("", reflect.ValueOf(*config.DefaultAgent())); err != nil {
 		return nil, err
 	}
 	return append(bytes.TrimRight(g.text.Bytes(), "\n"), '\n'), nil
@@ -119,6 +136,10 @@ func contents(path string, v reflect.Value) (string, reflect.Value) {
 		return path + ".<name>", reflect.ValueOf(config.Default().Profiles["default"])
 	case []config.TokenIssuer:
 		return path + "[]", reflect.ValueOf(config.DefaultTokenIssuer())
+	case []config.AgentWorkload:
+		return path + "[]", reflect.ValueOf(config.DefaultAgentWorkload())
+	case []config.AgentSocket:
+		return path + "[]", reflect.ValueOf(config.DefaultAgentSocket())
 	}
 	if v.Kind() == reflect.Struct {
 		return path, v

@@ -1,4 +1,5 @@
-package admin
+// Package peercred says who is at the other end of a unix socket.
+package peercred
 
 import (
 	"errors"
@@ -26,7 +27,8 @@ func (p Peer) String() string {
 	return fmt.Sprintf("uid %d%s, pid %d", p.UID, name, p.PID)
 }
 
-func peerOf(conn net.Conn) (Peer, error) {
+// Of asks the kernel who made a connection.
+func Of(conn net.Conn) (Peer, error) {
 	socket, ok := conn.(*net.UnixConn)
 	if !ok {
 		return Peer{}, errors.New("the connection is not a unix socket")

@@ -1,0 +1,53 @@
+package agent
+
+import (
+	"crypto/sha256"
+	"crypto/tls"
+	"encoding/hex"
+	"fmt"
+	"os"
+
+	"kedge/ca/atomicfile"
+	"kedge/issuer/istio"
+)
+
+// proof is what an admin has given the workload to prove itself by: a token in a file, or a client certificate in a folder. Both are read again for every call, since
+// others replace them.
+type proof struct {
+	tokenFile   string
+	certificate string // a folder with the files of an SVID
+}
+
+// shown is what a call shows the CA.
+type shown struct {
+	token       string
+	certificate *tls.Certificate
+	sum         string // SHA-256 of what was given, in hex; "": only what the agent has itself is shown
+}
+
+func (p proof) read() (shown, error) {
+	if p.tokenFile != "" {
+		if info, err := os.Stat(p.tokenFile); err == nil && !info.Mode().IsRegular() {
+			return shown{}, fmt.Errorf("reading the token: %s is no file, and would be waited for", p.tokenFile)
+		}
+		token, err := istio.ReadTokenFile(p.tokenFile)
+		if err != nil {
+			return shown{}, fmt.Errorf("reading the token: %w", err)
+		}
+		return shown{token: token, sum: sum([]byte(token))}, nil
+	}
+	files, err := atomicfile.ReadSet(p.certificate, istio.ChainFile, istio.KeyFile)
+	if err != nil {
+		return shown{}, fmt.Errorf("reading the client certificate: %w", err)
+	}
+	pair, err := tls.X509KeyPair(files[istio.ChainFile], files[istio.KeyFile])
+	if err != nil {
+		return shown{}, fmt.Errorf("reading the client certificate in %s: %w", p.certificate, err)
+	}
+	return shown{certificate: &pair, sum: sum(files[istio.ChainFile])}, nil
+}
+
+func sum(text []byte) string {
+	digest := sha256.Sum256(text)
+	return hex.EncodeToString(digest[:])
+}

@@ -1,0 +1,158 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"kedge/ca/atomicfile"
+)
+
+var private = atomicfile.Private
+
+func TestASocketIsForThoseWhoMayUseIt(t *testing.T) {
+	for _, c := range []struct {
+		access       atomicfile.Access
+		folder, sock fs.FileMode
+	}{
+		{private, 0o700, 0o600},
+		{atomicfile.Access{Mode: 0o660, Group: os.Getegid()}, 0o750, 0o660},
+		{atomicfile.Access{Mode: 0o666, Group: -1}, 0o755, 0o666},
+	} {
+		path := filepath.Join(t.TempDir(), "run", "agent.sock")
+		l, err := listen(Socket{Path: path, Access: c.access, MaxConnections: 1}, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, want := range map[string]fs.FileMode{filepath.Dir(path): c.folder, path: c.sock} {
+			if info, err := os.Stat(name); err != nil || info.Mode().Perm() != want {
+				t.Errorf("%s has the mode %v, not %v (%v)", name, info.Mode().Perm(), want, err)
+			}
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the socket is still there: %v", err)
+		}
+	}
+}
+
+// TestASocketIsNotTakenFromWhoServesIt, nor is anything else that has its name; what a killed agent left is replaced.
+func TestASocketIsNotTakenFromWhoServesIt(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "agent.sock")
+	try := func() (*listener, error) {
+		return listen(Socket{Path: path, Access: private, MaxConnections: 1}, slog.New(slog.DiscardHandler))
+	}
+	first, err := try()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := try(); err == nil || !strings.Contains(err.Error(), "is served by another process") {
+		t.Errorf("the socket of a running agent: %v", err)
+	}
+	first.Listener.(*net.UnixListener).SetUnlinkOnClose(false) // as one that is killed
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	second, err := try()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	write(t, path, "a file")
+	if _, err := try(); err == nil || !strings.Contains(err.Error(), "is no socket") {
+		t.Errorf("a file of that name: %v", err)
+	}
+	path = filepath.Join(dir, strings.Repeat("x", 110))
+	if _, err := try(); err == nil || !strings.Contains(err.Error(), "choose a shorter one") {
+		t.Errorf("a long path: %v", err)
+	}
+}
+
+// TestConnectionsAreCountedAndTheirPeersLogged.
+func TestConnectionsAreCountedAndTheirPeersLogged(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent.sock")
+	var log bytes.Buffer
+	l, err := listen(Socket{Path: path, Access: private, MaxConnections: 2}, slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dial := func() net.Conn {
+		conn, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return conn
+	}
+	accepted := make(chan net.Conn)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				close(accepted)
+				return
+			}
+			accepted <- conn
+		}
+	}()
+	one, two := dial(), dial()
+	defer one.Close()
+	defer two.Close()
+	first, second := <-accepted, <-accepted
+	three := dial()
+	defer three.Close()
+	if n, err := three.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("one connection too many reads %d octets, and %v", n, err)
+	}
+	if err := errors.Join(first.Close(), second.Close()); err != nil {
+		t.Error(err)
+	}
+	_ = second.Close() // as gRPC may: it counts once
+	four := dial()
+	defer four.Close()
+	(<-accepted).Close()
+	if open := l.open.Load(); open != 0 {
+		t.Errorf("%d connections are counted", open)
+	}
+	who := fmt.Sprintf("pid %d", os.Getpid())
+	if got := strings.Count(log.String(), "a workload has connected"); got != 3 || strings.Count(log.String(), who) != 4 || !strings.Contains(log.String(), fmt.Sprintf("uid %d", os.Getuid())) {
+		t.Errorf("the log says:\n%s", log.String())
+	}
+	if !strings.Contains(log.String(), "as many as there may be") || l.refused.Load() != 1 {
+		t.Errorf("the log says:\n%s", log.String())
+	}
+}
+
+// TestAFolderThatEverybodyMayWriteToIsSaid: somebody else could put his own socket there.
+func TestAFolderThatEverybodyMayWriteToIsSaid(t *testing.T) {
+	for mode, said := range map[fs.FileMode]bool{0o777: true, 0o777 | fs.ModeSticky: false, 0o755: false} {
+		dir := t.TempDir()
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		var log bytes.Buffer
+		l, err := listen(Socket{Path: filepath.Join(dir, "s"), Access: private, MaxConnections: 1}, slog.New(slog.NewTextHandler(&log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+		if got := strings.Contains(log.String(), "everybody may replace the socket"); got != said {
+			t.Errorf("mode %v: it is said: %t", mode, got)
+		}
+	}
+}

@@ -1,0 +1,175 @@
+package sds
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"kedge/ca"
+	"kedge/ca/ledger"
+	"kedge/issuer/gate"
+)
+
+// connectionKey names what evidence is about: one holder on one connection. An Envoy has a stream for each secret, all on one connection, and the bundle that
+// one of them acknowledges is the one with which it uses the SVID of another.
+type connectionKey struct {
+	through gate.Connection
+	id      spiffeid.ID
+	holder  ledger.Holder
+}
+
+// connection is what is known of a holder. It is of Callers.mu.
+type connection struct {
+	key      connectionKey
+	sessions int
+	issues   map[uint64]ledger.Serial // that the holder evidently has: the client certificate that it presented, and SVIDs that it acknowledged
+	bundle   uint64                   // the newest that it acknowledged; 0: none
+}
+
+// Answered implements Source: what was acknowledged is evidence for the ledger. An SVID's arrival says nothing of the bundle.
+func (s *session) Answered(a Answer) {
+	if a.Reason != "" {
+		return
+	}
+	s.mu.Lock()
+	arrived, before := s.held, s.before
+	if a.SVID == nil || arrived == nil || a.SVID != arrived.svid {
+		arrived, before = nil, nil
+		if a.SVID != nil && s.before != nil && a.SVID == s.before.svid {
+			arrived = s.before // the next one is on its way
+		}
+	}
+	s.mu.Unlock()
+
+	c := s.callers
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if arrived != nil {
+		if before != nil {
+			delete(s.connection.issues, before.number)
+		}
+		s.connection.issues[arrived.number] = arrived.serial
+		c.acks.add(ack{number: arrived.number, serial: arrived.serial, bundle: s.connection.bundle})
+	}
+	if a.Bundle == nil || a.Bundle.Incarnation != c.ca.Bundle().Incarnation().String() || a.Bundle.Sequence <= s.connection.bundle {
+		return
+	}
+	s.connection.bundle = a.Bundle.Sequence
+	for number, serial := range s.connection.issues {
+		c.acks.add(ack{number: number, serial: serial, bundle: s.connection.bundle})
+	}
+}
+
+// ack is what is to be recorded of an issue.
+type ack struct {
+	number    uint64
+	serial    ledger.Serial
+	bundle    uint64
+	presented bool // the holder presented it, which is all that is known
+}
+
+const (
+	// ackWorkers is how many acknowledgements are recorded at once: they share the ledger's commits.
+	ackWorkers = 256
+	ackLimit   = 10 * time.Second
+	ackRetry   = time.Second
+)
+
+// acks are the acknowledgements that are to be recorded: of each issue the latest. Recording waits for the disk, and whoever acknowledges does not.
+type acks struct {
+	ca  *ca.CA
+	log *slog.Logger
+
+	mu      sync.Mutex
+	pending map[uint64]ack
+	failed  map[uint64]ack
+	since   time.Time // the first of failed
+	workers int
+	running sync.WaitGroup
+}
+
+func (a *acks) init(c *ca.CA, log *slog.Logger) {
+	a.ca, a.log, a.pending, a.failed = c, log, map[uint64]ack{}, map[uint64]ack{}
+}
+
+func (a *acks) add(one ack) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.put(one)
+}
+
+// put takes one up. a is locked.
+func (a *acks) put(one ack) {
+	if there, ok := a.pending[one.number]; ok && (one.presented || there.bundle > one.bundle) {
+		return
+	}
+	a.pending[one.number] = one
+	if a.workers < ackWorkers {
+		a.workers++
+		a.running.Go(a.work)
+	}
+}
+
+// work records until nothing is left.
+func (a *acks) work() {
+	for {
+		a.mu.Lock()
+		var one ack
+		for _, one = range a.pending {
+			break
+		}
+		if one.number == 0 {
+			a.workers--
+			a.mu.Unlock()
+			return
+		}
+		delete(a.pending, one.number)
+		a.mu.Unlock()
+		if err := a.record(one); err != nil {
+			a.mu.Lock()
+			if len(a.failed) == 0 {
+				a.since = time.Now()
+				a.log.Error("what holders acknowledge cannot be recorded, and is tried again: until then their certificates count as under an older bundle", "error", err)
+			}
+			a.failed[one.number] = one
+			a.mu.Unlock()
+		}
+	}
+}
+
+// record records one, and returns what may be better later.
+func (a *acks) record(one ack) error {
+	ctx, cancel := context.WithTimeout(context.Background(), ackLimit)
+	defer cancel()
+	var err error
+	if one.presented {
+		err = a.ca.Presented(ctx, &ca.Presented{Number: one.number, Serial: one.serial})
+	} else {
+		err = a.ca.Acknowledged(ctx, one.number, one.serial, one.bundle)
+	}
+	if errors.Is(err, ledger.ErrNotFound) || errors.Is(err, ca.ErrUnauthenticated) { // it was dropped, having expired, or authenticates nobody any more
+		return nil
+	}
+	return err
+}
+
+// retry tries what failed once more, some time later.
+func (a *acks) retry() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.failed) == 0 || time.Since(a.since) < ackRetry {
+		return
+	}
+	failed := a.failed
+	a.failed = map[uint64]ack{}
+	for _, one := range failed {
+		a.put(one)
+	}
+}
+
+// wait waits until what is under way is recorded.
+func (a *acks) wait() { a.running.Wait() }

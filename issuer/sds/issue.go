@@ -1,0 +1,117 @@
+package sds
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"kedge/ca"
+	"kedge/ca/ledger"
+	"kedge/issuer/reception"
+)
+
+// How long it takes until a failed issue is tried again: at first, and at most.
+const (
+	firstRetry = time.Second
+	mostRetry  = time.Minute
+)
+
+// issue gives the stream its SVID, or its next one. The old one stays until there is another, or it expires.
+func (s *session) issue() {
+	s.mu.Lock()
+	before := s.held
+	s.mu.Unlock()
+	next, err := s.make(before)
+	now := s.callers.ca.Now()
+	s.mu.Lock()
+	s.issuing = false
+	if err == nil {
+		s.before, s.held, s.retry = s.held, next, firstRetry
+		s.renew = next.renew
+		s.tell()
+		s.mu.Unlock()
+		return
+	}
+	lasts := !errors.Is(err, ca.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded)
+	s.retry = min(max(s.retry, firstRetry), mostRetry)
+	s.renew = now.Add(part(s.retry, 0.5, 1))
+	s.retry *= 2
+	over, goesOn := s.over, before == nil && s.wants.Bundle
+	s.barred = lasts
+	s.mu.Unlock()
+	if over || s.ctx.Err() != nil {
+		return
+	}
+	result, answer := reception.Refuse(s.id, err)
+	s.callers.Metrics.SDSIssueFailed()
+	s.callers.LogRefusal(s.ctx, "an SDS stream does not get its SVID, and keeps the one that it has", s.id, result, s.caller, err)
+	if lasts && !goesOn {
+		s.expire(answer)
+	}
+}
+
+// make makes a key, and has the CA issue an SVID for it, in its turn.
+func (s *session) make(before *held) (h *held, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.callers.Log.Error("panic while issuing for an SDS stream", "request_id", s.id, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			err = errors.New("panic")
+		}
+	}()
+	place, err := s.callers.Enter(s.ctx, s.address)
+	if err != nil {
+		return nil, err
+	}
+	defer place.Leave()
+	ctx, cancel := context.WithTimeout(s.ctx, s.callers.timeout)
+	defer cancel()
+	caller := s.caller
+	// The SVID is another certificate than the one that opened the stream, which goes on.
+	caller.Presented, caller.Replaces = nil, 0
+	if len(s.certificates) > 0 {
+		if _, err := s.callers.ca.ClientCertificates().Verify(ctx, s.certificates); err != nil {
+			return nil, err
+		}
+	}
+	if before != nil {
+		caller.Replaces = before.number
+		caller.IssuedAt = time.Time{} // it says nothing of the time of now
+	}
+	granted, err := s.callers.ca.Grant(caller, "")
+	if err != nil {
+		return nil, err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("making a key: %w", err)
+	}
+	requested, err := granted.ForKey(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	place.Checked()
+	issued, err := requested.Issue(ctx, ca.Request{Delivery: ledger.DeliverySDS, RequestID: s.id})
+	if err != nil {
+		return nil, err
+	}
+	svid := &SVID{ID: issued.ID, Key: key, NotBefore: issued.NotBefore, NotAfter: issued.NotAfter}
+	for _, text := range issued.Chain {
+		block, _ := pem.Decode([]byte(text))
+		one, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("parsing what was issued: %w", err)
+		}
+		svid.Chain = append(svid.Chain, one)
+	}
+	s.callers.Metrics.Issued(ca.DefaultProfile, caller.Proofs[0].Method, false)
+	s.logIssued(issued)
+	now := s.callers.ca.Now()
+	return &held{svid: svid, number: issued.Number, serial: issued.Serial, authority: issued.Authority, renew: now.Add(part(issued.NotAfter.Sub(now), 0.45, 0.55))}, nil
+}

@@ -1,0 +1,151 @@
+package sds
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// The names that stand for something besides SPIFFE IDs and trust domains.
+const (
+	NameSVID       = "default" // the SVID with its key, as Istio's agent and SPIRE's name it
+	NameBundle     = "ROOTCA"  // the trust bundle of the own trust domain, likewise
+	NameAllBundles = "ALL"     // the bundles of all trust domains, for Envoy's SPIFFE validator, as SPIRE's agent names it
+)
+
+// resource is what stands for a name at one moment.
+type resource struct {
+	id       string                           // of its content; "": there is none now, or never
+	bundle   *Bundle                          // of the own trust domain, with which it makes a client verify; nil: it does not
+	revision revision                         // of bundle
+	svid     *SVID                            // nil: it is none
+	render   func(delta bool) ([]byte, error) // its part of a response, marshalled
+}
+
+// find says what a name stands for now. A name that nobody knows, such as Istio's file-root: and file-cert:, stands for nothing.
+func (s *Server) find(name string, m *Materials) resource {
+	if asksForSVID(name, m) {
+		if m.SVID == nil || name != NameSVID && name != m.SVID.ID.String() {
+			return resource{}
+		}
+		svid := m.SVID
+		return resource{id: svidID(svid), svid: svid, render: func(delta bool) ([]byte, error) { return renderSVID(name, svid, delta) }}
+	}
+	return s.bundlesOf(m).byName[name]
+}
+
+// asksForSVID says whether a name stands for the stream's own SVID, or may once there is one.
+func asksForSVID(name string, m *Materials) bool {
+	if name == NameSVID {
+		return true
+	}
+	if !strings.HasPrefix(name, "spiffe://") {
+		return false
+	}
+	id, err := spiffeid.FromString(name)
+	return err == nil && id.Path() != "" && (id == m.ID || m.ID.IsZero())
+}
+
+// asksForBundle says whether a name stands for a trust bundle.
+func asksForBundle(name string) bool {
+	return name == NameBundle || name == NameAllBundles || strings.HasPrefix(name, "spiffe://") && !strings.Contains(name[len("spiffe://"):], "/")
+}
+
+// Resource is a name's kind, of which there are few: what is counted by it.
+func Resource(name string) string {
+	switch {
+	case name == NameSVID, name == NameBundle, name == NameAllBundles:
+		return name
+	case asksForBundle(name):
+		return "trust-domain"
+	}
+	return "spiffe-id"
+}
+
+// The ids of contents. A client names them when it comes back, so that it is known what it has.
+
+func svidID(svid *SVID) string { return "s-" + serialOf(svid) }
+
+func serialOf(svid *SVID) string {
+	if len(svid.Chain) == 0 {
+		return ""
+	}
+	return hex.EncodeToString(svid.Chain[0].SerialNumber.Bytes())
+}
+
+// revision names a bundle: the numbers of two of one incarnation can be compared.
+type revision struct {
+	incarnation string // digest of Bundle.Incarnation; "": none is named
+	sequence    uint64
+}
+
+func revisionOf(b *Bundle) revision { return revision{digest(b.Incarnation), b.Sequence} }
+
+// below says whether r is older than floor.
+func (r revision) below(floor revision) bool {
+	return r.incarnation == floor.incarnation && r.sequence < floor.sequence
+}
+
+// String is INCARNATION-SEQUENCE, or nothing.
+func (r revision) String() string {
+	if r.incarnation == "" {
+		return ""
+	}
+	return r.incarnation + "-" + strconv.FormatUint(r.sequence, 10)
+}
+
+func parseRevision(text string) revision {
+	incarnation, number, ok := strings.Cut(text, "-")
+	sequence, err := strconv.ParseUint(number, 10, 64)
+	if !ok || err != nil || len(incarnation) != len(digest("")) {
+		return revision{}
+	}
+	return revision{incarnation, sequence}
+}
+
+// revisionIn is the revision of the own trust domain's bundle in the id of a content.
+func revisionIn(id string) revision {
+	text, ok := strings.CutPrefix(id, "b-")
+	if !ok {
+		return revision{}
+	}
+	if parts := strings.Split(text, "-"); len(parts) > 2 {
+		text = parts[0] + "-" + parts[1]
+	}
+	return parseRevision(text)
+}
+
+// version is what a response of the state-of-the-world protocol makes of a stream: which names were answered, and with what.
+type version struct {
+	names   string   // digest of those that were answered
+	own     revision // of the own trust domain's bundle
+	bundles string   // digest of the revisions of all bundles
+	serial  string   // of the SVID
+}
+
+func (v version) String() string {
+	return fmt.Sprintf("%s.%s.%s.%s", v.names, v.own, v.bundles, v.serial)
+}
+
+// parseVersion reads what a client names. What is not of this form, or of another server, is no version: then it is not known what the client has.
+func parseVersion(text string) (v version, ok bool) {
+	parts := strings.Split(text, ".")
+	if len(parts) != 4 || len(text) > maxVersion {
+		return version{}, false
+	}
+	return version{names: parts[0], own: parseRevision(parts[1]), bundles: parts[2], serial: parts[3]}, true
+}
+
+// digest is short: what it tells apart is a server's own.
+func digest(texts ...string) string {
+	h := sha256.New()
+	for _, text := range texts {
+		h.Write([]byte(text))
+		h.Write([]byte{0})
+	}
+	return hex.EncodeToString(h.Sum(nil)[:8])
+}
