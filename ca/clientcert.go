@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 	"sync"
@@ -84,7 +85,7 @@ func NewClientCertificates(td spiffeid.TrustDomain, book *ledger.Ledger, now fun
 }
 
 // setAuthorities replaces the issuing CAs that count: own ones that are not removed, and others'. One that is both is our own. tainted are
-// the keys that count for nothing, see taintedKeys.
+// the keys that count for nothing, see taintedKeys. When all of it is as before, what was found of certificates holds on.
 func (c *ClientCertificates) setAuthorities(own []*authority, others []*x509.Certificate, tainted map[ledger.Hash]ledger.Hash) {
 	next := &clientIssuers{tainted: tainted}
 	add := func(issuer clientIssuer) {
@@ -101,7 +102,17 @@ func (c *ClientCertificates) setAuthorities(own []*authority, others []*x509.Cer
 	for _, cert := range others {
 		add(clientIssuer{id: AuthorityID(cert), cert: cert})
 	}
+	if c.issuers.Load().equal(next) { // only the trust bundle changed, and with thousands of streams to verify each certificate anew takes seconds
+		return
+	}
 	c.issuers.Store(next)
+}
+
+// equal says whether both let the same callers in.
+func (issuers *clientIssuers) equal(others *clientIssuers) bool {
+	return maps.Equal(issuers.tainted, others.tainted) && slices.EqualFunc(issuers.all, others.all, func(a, b clientIssuer) bool {
+		return a.id == b.id && a.own == b.own && a.coverage == b.coverage
+	})
 }
 
 // taintedKeys finds the keys of tainted authorities, removed ones too, and of all authorities under a tainted root, each with the authority whose
