@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -236,6 +237,7 @@ func (c *Callers) look(changed bool) time.Duration {
 	if changed {
 		if tainted, err := c.ca.Tainted(); err == nil {
 			c.mu.Lock()
+			changed = !maps.Equal(c.tainted, tainted) // nothing else of authorities takes a client certificate its worth
 			c.tainted = tainted
 			c.mu.Unlock()
 		} else {

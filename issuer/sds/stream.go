@@ -103,7 +103,7 @@ type received struct {
 // follow serves a stream from its first request on.
 func (s *Server) follow(wire grpc.ServerStream, delta bool, first request, requests <-chan received) error {
 	ctx := wire.Context()
-	source, err := s.opener.Open(ctx)
+	source, err := s.open(ctx)
 	if err != nil {
 		return err
 	}
@@ -163,6 +163,18 @@ func (s *Server) follow(wire grpc.ServerStream, delta bool, first request, reque
 			return s.end(ctx, source, err)
 		}
 	}
+}
+
+// open asks the opener in a goroutine that ends: to find out who a caller is takes a deep stack, which this one would keep for as long as the stream lives.
+func (s *Server) open(ctx context.Context) (source Source, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer s.guard(&err)
+		source, err = s.opener.Open(ctx)
+	}()
+	<-done
+	return source, err
 }
 
 // end is how a stream ends over what its client does.
