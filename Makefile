@@ -29,15 +29,17 @@ test: packages build ## everything that needs only Go and small Debian packages
 fuzz: ## every fuzz target for a while: make fuzz KEDGE_FUZZ_TIME=1m
 	@test/fuzz.sh
 
-e2e: build ## against the real istio-agent and Istio's own client libraries, and against real servers of Vault and OpenBao
+e2e: build ## against the real istio-agent and Istio's own client libraries, real servers of Vault and OpenBao, and real Envoys
 	@test/istio/run.sh $(BIN)
 	@test/vault/run.sh $(BIN)
+	@test/envoy/run.sh $(BIN)
 
 crash: packages build ## kill -9 under load a thousand times, cut the power a thousand times: an hour; KEDGE_KILLS, KEDGE_CUTS
 	KEDGE_BIN=$(BIN) KEDGE_KILLS=$${KEDGE_KILLS:-1000} KEDGE_CUTS=$${KEDGE_CUTS:-1000} go test -race -count=1 -timeout 5h -v -run 'KillNine|PowerCut' ./test/crash/
 
-soak: build ## half the peak for an hour, with rotation, pruning and restarts: nothing goes on growing; KEDGE_SOAK=10m ('make test' has 20 s of it)
+soak: build ## half the peak for an hour, with rotation, pruning and restarts: nothing goes on growing; and two Envoys while a mesh moves to another root; KEDGE_SOAK=10m ('make test' has 20 s of it)
 	KEDGE_BIN=$(BIN) KEDGE_SOAK=$${KEDGE_SOAK:-1h} go test -count=1 -timeout 4h -v -run TestSoak ./test/crash/
+	@test/envoy/run.sh $(BIN) soak
 
 lint: ## formatting, vet, staticcheck, and that every page and generated file is up to date
 	@test/lint.sh

@@ -50,13 +50,19 @@ func (c *Cluster) Configuration(t testing.TB, dir string) string {
 // Token is a bound service account token, as the kubelet projects it for an istio-agent.
 func (c *Cluster) Token(t testing.TB, namespace, account string) string {
 	t.Helper()
+	return c.ShortToken(t, namespace, account, time.Hour)
+}
+
+// ShortToken is a Token that expires after a time.
+func (c *Cluster) ShortToken(t testing.TB, namespace, account string, life time.Duration) string {
+	t.Helper()
 	now := time.Now()
 	object := func(name string) map[string]string {
 		return map[string]string{"name": name, "uid": fmt.Sprintf("%s-%s-uid", name, account)}
 	}
 	token, err := jwt.Signed(c.signer).Claims(jwt.Claims{
 		Issuer: c.Issuer, Subject: "system:serviceaccount:" + namespace + ":" + account, Audience: jwt.Audience{"istio-ca"},
-		IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(time.Hour)),
+		IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(life)),
 	}).Claims(map[string]any{"kubernetes.io": map[string]any{
 		"namespace": namespace, "serviceaccount": object(account), "pod": object(account + "-pod"), "node": object("node-1"),
 	}}).Serialize()

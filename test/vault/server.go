@@ -60,7 +60,7 @@ type Server struct {
 // Start makes a server that is initialized and unsealed. It is killed when the test ends.
 func Start(t testing.TB, kind Kind) *Server {
 	t.Helper()
-	s := &Server{Kind: kind, dir: t.TempDir(), port: freePort(t)}
+	s := &Server{Kind: kind, dir: t.TempDir(), port: process.FreePort(t)}
 	s.Address = fmt.Sprintf("https://127.0.0.1:%d", s.port)
 	s.CAFile = filepath.Join(s.dir, "ca.pem")
 	pool := s.makeCertificate(t)
@@ -79,7 +79,7 @@ listener "tcp" {
 }
 api_addr = %q
 cluster_addr = "https://127.0.0.1:%[3]d"
-`, s.path("data"), s.port, freePort(t), s.path("cert.pem"), s.path("key.pem"), s.Address))
+`, s.path("data"), s.port, process.FreePort(t), s.path("cert.pem"), s.path("key.pem"), s.Address))
 	if err := os.Mkdir(s.path("data"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -314,14 +314,4 @@ func Certificate(t testing.TB, template, issuer *x509.Certificate, issuerKey *ec
 // PEM encodes one block.
 func PEM(kind string, der []byte) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
-}
-
-func freePort(t testing.TB) int {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().(*net.TCPAddr).Port
 }
