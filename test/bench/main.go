@@ -36,13 +36,17 @@ type settings struct {
 	profile time.Duration // of one profile
 
 	neighbour time.Duration // of one measurement beside a neighbour
+
+	streams   int // SDS: in memory
+	pushCount int // of a new root, to all of them
+	idle      int // SDS: over loopback
 }
 
 var (
 	full = settings{rounds: 7, calls: 4000, open: 8 * time.Second, flood: 20 * time.Second, live: 1_000_000, herd: 100_000, profile: 15 * time.Second,
-		neighbour: 12 * time.Second}
+		neighbour: 12 * time.Second, streams: 20_000, pushCount: 7, idle: 9_000}
 	quick = settings{rounds: 2, calls: 600, open: 2 * time.Second, flood: 4 * time.Second, live: 50_000, herd: 3_000, profile: 3 * time.Second,
-		neighbour: time.Second}
+		neighbour: time.Second, streams: 500, pushCount: 2, idle: 300}
 )
 
 // bench is one run.
@@ -66,7 +70,7 @@ type section struct {
 
 var sections = []section{
 	{"cost", (*bench).costs}, {"size", (*bench).sizes}, {"latency", (*bench).latencies}, {"overload", (*bench).overload}, {"herd", (*bench).stampede},
-	{"neighbours", (*bench).neighbours}, {"hsm", (*bench).tokens}, {"profile", (*bench).profiles},
+	{"neighbours", (*bench).neighbours}, {"hsm", (*bench).tokens}, {"sds", (*bench).sds}, {"profile", (*bench).profiles},
 }
 
 // plays is whether this process has a part in the measurement of another one, which it then has played.
@@ -85,6 +89,16 @@ func plays() bool {
 	case hostileVerb:
 		if err := playHostile(); err != nil {
 			fmt.Fprintln(os.Stderr, "bench: a hostile neighbour:", err)
+			os.Exit(1)
+		}
+	case bareSDSVerb:
+		if err := playBareSDS(); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: the bare server of streams:", err)
+			os.Exit(1)
+		}
+	case streamsVerb:
+		if err := playStreams(); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: streams:", err)
 			os.Exit(1)
 		}
 	default:
@@ -114,7 +128,7 @@ func run(ctx context.Context) (err error) {
 	rounds := flag.Int("rounds", 0, "how often each thing is measured")
 	calls := flag.Int("calls", 0, "calls in each measurement of the cost of a call")
 	agentCount := flag.Int("herd", 0, "agents that come at the same instant")
-	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, neighbours, hsm, profile")
+	only := flag.String("only", "", "these parts alone, with commas between them: cost, size, latency, overload, herd, neighbours, hsm, sds, profile")
 	flag.StringVar(&b.attacks, "beside", "", "neighbours: those alone whose names have this in them")
 	out := flag.String("out", "", "a page that gets the results of each part, between the lines for it")
 	flag.StringVar(&b.keep, "profiles", "", "a folder that gets the profiles, for 'go tool pprof'")

@@ -23,10 +23,15 @@ const profileVariable = "KEDGE_BENCH_PROFILE"
 // profiledKedge builds cmd/kedge with one file more, testdata/profile.go, which lets the program profile itself at a signal. The file is laid over the
 // source tree for this build only (go build -overlay), so that the product has neither an end point nor a build tag for it.
 func (b *bench) profiledKedge(ctx context.Context) (string, error) {
-	overlay, program := filepath.Join(b.dir, "overlay.json"), filepath.Join(b.dir, "kedge-profiled")
-	text, err := json.Marshal(map[string]any{"Replace": map[string]string{
+	return b.buildOver(ctx, "kedge-profiled", map[string]string{
 		filepath.Join(b.source, "cmd", "kedge", "bench_profile.go"): filepath.Join(b.source, "test", "bench", "testdata", "profile.go"),
-	}})
+	})
+}
+
+// buildOver builds cmd/kedge with other files in the place of those of its source, or beside them.
+func (b *bench) buildOver(ctx context.Context, name string, replace map[string]string) (string, error) {
+	overlay, program := filepath.Join(b.dir, name+".json"), filepath.Join(b.dir, name)
+	text, err := json.Marshal(map[string]any{"Replace": replace})
 	if err != nil {
 		return "", err
 	}
@@ -36,7 +41,7 @@ func (b *bench) profiledKedge(ctx context.Context) (string, error) {
 	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-overlay", overlay, "-o", program, "./cmd/kedge")
 	build.Dir = b.source
 	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building a kedge that profiles itself: %w\n%s", err, out)
+		return "", fmt.Errorf("building %s: %w\n%s", name, err, out)
 	}
 	return program, nil
 }

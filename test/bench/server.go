@@ -38,6 +38,11 @@ type server struct {
 
 // launch starts a program on the server's core and waits until ready finds it so.
 func (b *bench) launch(ctx context.Context, dir string, env []string, ready func(s *server) error, name string, args ...string) (*server, error) {
+	return b.launchOn(ctx, func(c *exec.Cmd) error { return b.cores.start(b.cores.server, c) }, dir, env, ready, name, args...)
+}
+
+// launchOn is launch with another way to start the program.
+func (b *bench) launchOn(ctx context.Context, start func(*exec.Cmd) error, dir string, env []string, ready func(s *server) error, name string, args ...string) (*server, error) {
 	s := &server{name: filepath.Base(name), log: filepath.Join(dir, "log"), command: exec.Command(name, args...), ended: make(chan struct{})}
 	log, err := os.OpenFile(s.log, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -45,7 +50,7 @@ func (b *bench) launch(ctx context.Context, dir string, env []string, ready func
 	}
 	defer log.Close() // the process has its own
 	s.command.Dir, s.command.Env, s.command.Stdout, s.command.Stderr = dir, append(os.Environ(), env...), log, log
-	if err := b.cores.start(b.cores.server, s.command); err != nil {
+	if err := start(s.command); err != nil {
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
 	go func() {
