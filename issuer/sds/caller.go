@@ -223,7 +223,7 @@ func (c *Callers) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			timer.Stop()
-			c.acks.wait()
+			c.acks.stop()
 			return nil
 		case <-changed:
 		case <-timer.C:

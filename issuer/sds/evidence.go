@@ -89,11 +89,12 @@ type acks struct {
 	failed  map[uint64]ack
 	since   time.Time // the first of failed
 	workers int
-	running sync.WaitGroup
+	stopped bool
+	idle    chan struct{} // closed once it is stopped and nobody works
 }
 
 func (a *acks) init(c *ca.CA, log *slog.Logger) {
-	a.ca, a.log, a.pending, a.failed = c, log, map[uint64]ack{}, map[uint64]ack{}
+	a.ca, a.log, a.pending, a.failed, a.idle = c, log, map[uint64]ack{}, map[uint64]ack{}, make(chan struct{})
 }
 
 func (a *acks) add(one ack) {
@@ -104,13 +105,16 @@ func (a *acks) add(one ack) {
 
 // put takes one up. a is locked.
 func (a *acks) put(one ack) {
+	if a.stopped {
+		return // its holder counts as under what it had
+	}
 	if there, ok := a.pending[one.number]; ok && (one.presented || there.bundle > one.bundle) {
 		return
 	}
 	a.pending[one.number] = one
 	if a.workers < ackWorkers {
 		a.workers++
-		a.running.Go(a.work)
+		go a.work()
 	}
 }
 
@@ -123,7 +127,9 @@ func (a *acks) work() {
 			break
 		}
 		if one.number == 0 {
-			a.workers--
+			if a.workers--; a.workers == 0 && a.stopped {
+				close(a.idle)
+			}
 			a.mu.Unlock()
 			return
 		}
@@ -171,5 +177,13 @@ func (a *acks) retry() {
 	}
 }
 
-// wait waits until what is under way is recorded.
-func (a *acks) wait() { a.running.Wait() }
+// stop takes no more, and waits until what is there is recorded. It is called once.
+func (a *acks) stop() {
+	a.mu.Lock()
+	a.stopped = true
+	working := a.workers > 0
+	a.mu.Unlock()
+	if working {
+		<-a.idle
+	}
+}
