@@ -120,6 +120,19 @@ func (m *Metrics) Call(result string, d time.Duration) {
 	}
 }
 
+// ExpectSDS has what can be counted of SDS be there from the start; resources are the kinds of secrets.
+func (m *Metrics) ExpectSDS(resources []string) {
+	for _, result := range []string{ResultOpened, ResultKeysOff} {
+		m.sdsOpened.WithLabelValues(result)
+	}
+	for _, resource := range resources {
+		m.sdsPushes.WithLabelValues(resource)
+		for _, answer := range []string{answerAck, answerNack} {
+			m.sdsAnswers.WithLabelValues(resource, answer)
+		}
+	}
+}
+
 // SDSStream counts a stream that began, or one less.
 func (m *Metrics) SDSStream(kind string, more int) {
 	m.sdsStreams.WithLabelValues(kind).Add(float64(more))
@@ -133,9 +146,9 @@ func (m *Metrics) SDSPushed(resource string) { m.sdsPushes.WithLabelValues(resou
 
 // SDSAnswered counts what a client said of a secret.
 func (m *Metrics) SDSAnswered(resource string, took bool) {
-	answer := "nack"
+	answer := answerNack
 	if took {
-		answer = "ack"
+		answer = answerAck
 	}
 	m.sdsAnswers.WithLabelValues(resource, answer).Inc()
 }
@@ -146,6 +159,9 @@ func (m *Metrics) SDSIssueFailed() { m.sdsFailed.Inc() }
 const (
 	handshakeGood   = "good"
 	handshakeFailed = "failed"
+
+	answerAck  = "ack"
+	answerNack = "nack"
 )
 
 // Handshake counts a TLS handshake.

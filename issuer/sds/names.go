@@ -55,15 +55,23 @@ func asksForBundle(name string) bool {
 	return name == NameBundle || name == NameAllBundles || strings.HasPrefix(name, "spiffe://") && !strings.Contains(name[len("spiffe://"):], "/")
 }
 
+// Resources are the kinds of names.
+var Resources = []string{NameSVID, NameBundle, NameAllBundles, resourceDomain, resourceID}
+
+const (
+	resourceDomain = "trust-domain"
+	resourceID     = "spiffe-id"
+)
+
 // Resource is a name's kind, of which there are few: what is counted by it.
 func Resource(name string) string {
 	switch {
 	case name == NameSVID, name == NameBundle, name == NameAllBundles:
 		return name
 	case asksForBundle(name):
-		return "trust-domain"
+		return resourceDomain
 	}
-	return "spiffe-id"
+	return resourceID
 }
 
 // The ids of contents. A client names them when it comes back, so that it is known what it has.

@@ -87,15 +87,15 @@ func TestHealthAndMetricsSayWhatHappens(t *testing.T) {
 		t.Errorf("kedge_bundle_sequence is %v", after["kedge_bundle_sequence"])
 	}
 
-	// Every metric that the guide names is there. A labelled one appears with its first event, and no signature has failed here, and nothing is wrong.
-	page := process.Read(t, "../../docs/operations.md")
+	// Every metric that the guides name is there. A labelled one appears with its first event, and no signature has failed here, and nothing is wrong.
+	page := process.Read(t, "../../docs/operations.md") + process.Read(t, "../../docs/sds.md")
 	names := regexp.MustCompile(`\b(kedge_[a-z_]+|citadel_server_[a-z_]+[a-z])`).FindAllString(page, -1)
 	if len(names) < 20 {
 		t.Fatalf("the guide names only %d metrics: are they still found?", len(names))
 	}
 	for _, name := range names {
 		if !after.Family(name) && name != "citadel_server_csr_sign_err_count" && name != "kedge_problem" {
-			t.Errorf("docs/operations.md names %s, and /metrics does not have it", name)
+			t.Errorf("a guide names %s, and /metrics does not have it", name)
 		}
 	}
 	if _, err := caller.Issue(t.Context(), key.CSR, token, time.Second); status.Code(err) != codes.InvalidArgument {

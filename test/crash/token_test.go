@@ -217,7 +217,7 @@ func TestATokenOfARootThatIsAwayIsNoticedBeforeARenewalAsksIt(t *testing.T) {
 	cluster := process.NewCluster(t)
 	k := process.New(t, "")
 	root, _ := tokenRoot(t, k.Dir, p.URI)
-	process.Write(t, k.Config, cluster.Configuration(t, k.Dir)+root)
+	process.Write(t, k.Config, process.Ports+cluster.Configuration(t, k.Dir)+root)
 	k.Start(t)
 	l := newLoad(t, cluster)
 	first := l.signer(t, k)
