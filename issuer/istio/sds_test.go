@@ -362,7 +362,49 @@ func TestAcknowledgementsAreEvidenceForTheHolderOfTheConnection(t *testing.T) {
 	d.anchors.add(t)
 	all.next()
 	all.ack() // the validator counts like ROOTCA
+	roots.next()
+	roots.ack()
 	d.awaitState(t, number, func(s ledger.IssueState) bool { return s.Bundle == d.ca.Bundle().Sequence })
+}
+
+// An Envoy has a stream for each of its validators. What one of them took does not count for the SVID while another goes on with an older bundle: with that it still verifies.
+func TestABundleCountsOnceEveryStreamOfTheConnectionHasIt(t *testing.T) {
+	t.Parallel()
+	d := openDoorWith(t, doorOptions{privateKeys: true})
+	conn, ctx := d.connect(t, nil), bearer(t.Context(), d.token(t))
+	svid, roots, all := subscribe(t, ctx, conn, "", "default"), subscribe(t, ctx, conn, "", "ROOTCA"), subscribe(t, ctx, conn, "", "ALL")
+	subscribe(t, ctx, conn, "", "spiffe://example.org", "file-root:/x") // gets nothing, and verifies with nothing of this CA
+	number, _ := d.issue(t, d.pair(t, svid.next()["default"]))
+	for _, s := range []*subscription{svid, roots, all} {
+		if s != svid {
+			s.next()
+		}
+		s.ack()
+	}
+	d.awaitState(t, number, func(s ledger.IssueState) bool { return s.Bundle == 1 })
+	d.anchors.add(t)
+	roots.next()
+	all.next()
+	all.nack("no")
+	d.await(t, "a client did not take its secrets")
+	roots.ack()
+	taken := subscribe(t, ctx, conn, "", "default") // what is acknowledged after that on the same connection counts like what was before
+	second, _ := d.issue(t, d.pair(t, taken.next()["default"]))
+	taken.ack()
+	d.awaitState(t, second, func(s ledger.IssueState) bool { return s.Confirmed })
+	for _, n := range []uint64{number, second} {
+		if state, err := d.ledger.IssueState(n); err != nil || state.Bundle != 1 {
+			t.Errorf("the validator that refused the bundle is passed over: %+v, %v", state, err)
+		}
+	}
+	d.anchors.add(t)
+	for _, s := range []*subscription{roots, all} {
+		s.next()
+		s.ack()
+	}
+	for _, n := range []uint64{number, second} {
+		d.awaitState(t, n, func(s ledger.IssueState) bool { return s.Bundle == 3 })
+	}
 }
 
 // No bundle below the floor is sent, from the moment that the floor is durable.

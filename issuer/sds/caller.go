@@ -149,10 +149,10 @@ func (c *Callers) enrol(s *session) error {
 	key := connectionKey{through, s.caller.ID, s.caller.Holder}
 	s.connection = c.connections[key]
 	if s.connection == nil {
-		s.connection = &connection{key: key, issues: map[uint64]ledger.Serial{}}
+		s.connection = &connection{key: key, sessions: map[*session]struct{}{}, issues: map[uint64]ledger.Serial{}}
 		c.connections[key] = s.connection
 	}
-	s.connection.sessions++
+	s.connection.sessions[s] = struct{}{}
 	if p := s.caller.Presented; p != nil {
 		s.connection.issues[p.Number] = p.Serial
 		c.acks.add(ack{number: p.Number, serial: p.Serial, presented: true})
@@ -173,7 +173,7 @@ func (c *Callers) leave(s *session) {
 			c.parked[serialOf(held.svid)] = parked{held, s.caller.Holder, c.ca.Now().Add(parkedFor)}
 		}
 	}
-	if s.connection.sessions--; s.connection.sessions == 0 {
+	if delete(s.connection.sessions, s); len(s.connection.sessions) == 0 {
 		delete(c.connections, s.connection.key)
 	}
 }
@@ -335,6 +335,10 @@ type session struct {
 	connection   *connection
 	ends         time.Time
 
+	// Of Callers.mu.
+	verifies bool   // with the trust bundle that the stream asks for
+	bundle   uint64 // the oldest that it has by one of its names; 0: by one of them it is not known to have any
+
 	mu      sync.Mutex
 	check   time.Time // when the client certificate is looked at again
 	wants   Wants
@@ -397,6 +401,9 @@ func (s *session) Want(wants Wants) {
 	asks := wants.SVID && !s.wants.SVID
 	s.wants = wants
 	s.mu.Unlock()
+	s.callers.mu.Lock()
+	s.verifies = wants.Own
+	s.callers.mu.Unlock()
 	if !asks {
 		return
 	}

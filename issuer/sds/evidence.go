@@ -25,9 +25,22 @@ type connectionKey struct {
 // connection is what is known of a holder. It is of Callers.mu.
 type connection struct {
 	key      connectionKey
-	sessions int
+	sessions map[*session]struct{}
 	issues   map[uint64]ledger.Serial // that the holder evidently has: the client certificate that it presented, and SVIDs that it acknowledged
-	bundle   uint64                   // the newest that it acknowledged; 0: none
+	bundle   uint64                   // the newest that all streams of that time had acknowledged; 0: none
+}
+
+// oldest is the oldest bundle with which one of the streams verifies: what one of them took says nothing of another, which may have refused it, or not have it yet. 0: one of
+// them is not known to have any.
+func (c *connection) oldest() (oldest uint64) {
+	for s := range c.sessions {
+		if s.verifies && (oldest == 0 || s.bundle < oldest) {
+			if oldest = s.bundle; oldest == 0 {
+				return 0
+			}
+		}
+	}
+	return oldest
 }
 
 // Answered implements Source: what was acknowledged is evidence for the ledger. An SVID's arrival says nothing of the bundle.
@@ -55,10 +68,15 @@ func (s *session) Answered(a Answer) {
 		s.connection.issues[arrived.number] = arrived.serial
 		c.acks.add(ack{number: arrived.number, serial: arrived.serial, bundle: s.connection.bundle})
 	}
-	if a.Bundle == nil || a.Bundle.Incarnation != c.ca.Bundle().Incarnation().String() || a.Bundle.Sequence <= s.connection.bundle {
+	if a.Bundle == nil || a.Bundle.Incarnation != c.ca.Bundle().Incarnation().String() {
 		return
 	}
-	s.connection.bundle = a.Bundle.Sequence
+	s.bundle = a.Bundle.Sequence
+	oldest := s.connection.oldest()
+	if oldest <= s.connection.bundle {
+		return
+	}
+	s.connection.bundle = oldest
 	for number, serial := range s.connection.issues {
 		c.acks.add(ack{number: number, serial: serial, bundle: s.connection.bundle})
 	}

@@ -63,6 +63,11 @@ const (
 	resourceID     = "spiffe-id"
 )
 
+// asksForOwn says whether a name stands for the trust bundle of the own trust domain, or for it among others.
+func asksForOwn(name string, own spiffeid.TrustDomain) bool {
+	return name == NameBundle || name == NameAllBundles || !own.IsZero() && name == own.IDString()
+}
+
 // Resource is a name's kind, of which there are few: what is counted by it.
 func Resource(name string) string {
 	switch {

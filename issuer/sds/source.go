@@ -37,6 +37,7 @@ type Bundle struct {
 type Wants struct {
 	SVID   bool // the SVID with its key, by whatever name
 	Bundle bool // a trust bundle, by whatever name
+	Own    bool // that of the own trust domain, with which the client verifies then
 	// Holds is the serial number, in lower-case hex, of the SVID that the client has had since an earlier stream, as it says; "": it has none. If Materials still
 	// has that one, it is not sent again.
 	Holds string
@@ -44,10 +45,12 @@ type Wants struct {
 
 // Answer is what a client said of a response.
 type Answer struct {
-	Names  []string // the secrets that were in it, as the client asked for them; or those that it has had since an earlier stream and need not be sent
-	SVID   *SVID    // the one that was in it; nil: none
-	Bundle *Bundle  // the oldest of the own trust domain that was in it by a name that makes the client verify with it; nil: none
-	Reason string   // of a refusal (NACK); "": the client took it (ACK)
+	Names []string // the secrets that were in it, as the client asked for them; or those that it has had since an earlier stream and need not be sent
+	SVID  *SVID    // the one that was in it; nil: none
+	// Bundle is of the own trust domain, and was in it by a name that makes the client verify with it; nil: none was. If the client took it, it is the oldest that the
+	// client has by any such name of the stream; nil then, too, while it has none by one of them.
+	Bundle *Bundle
+	Reason string // of a refusal (NACK); "": the client took it (ACK)
 }
 
 // Source is where a stream's secrets come from. Its methods may be called at once from several goroutines.

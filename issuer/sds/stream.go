@@ -45,9 +45,10 @@ type stream struct {
 // sub is a name that the client wants.
 type sub struct {
 	name    string
-	held    string // id of what the client has; "": nothing, as far as is known
-	told    bool   // the source knows that it has it
-	refused string // id of what it did not take
+	held    string  // id of what the client has; "": nothing, as far as is known
+	told    bool    // the source knows that it has it
+	took    *Bundle // of the own trust domain, that it took on this stream, or has from an earlier one; nil: none
+	refused string  // id of what it did not take
 }
 
 // response is one that the client has not answered.
@@ -315,6 +316,7 @@ func (st *stream) want(materials *Materials, holds string) {
 	for _, one := range st.subs {
 		wants.SVID = wants.SVID || asksForSVID(one.name, materials)
 		wants.Bundle = wants.Bundle || asksForBundle(one.name)
+		wants.Own = wants.Own || asksForOwn(one.name, materials.ID.TrustDomain())
 	}
 	if wants != st.wants {
 		st.wants = wants
@@ -452,12 +454,33 @@ func (st *stream) took(items []item) {
 	for _, one := range items {
 		one.sub.told = true
 		if one.bundle != nil {
+			one.sub.took = one.bundle
 			after := Holding{one.bundle.Incarnation, one.bundle.Sequence}
 			st.server.holds(&st.holding, &after)
 			st.holding = after
 		}
 	}
-	st.source.Answered(answerOf(items))
+	answer := answerOf(items)
+	if answer.Bundle != nil {
+		answer.Bundle = st.oldest(answer.Bundle)
+	}
+	st.source.Answered(answer)
+}
+
+// oldest is the oldest bundle of the own trust domain that the client has by any name: it goes on verifying with that when it took newest by another one. nil: by one of the names
+// it is not known to have any.
+func (st *stream) oldest(newest *Bundle) *Bundle {
+	oldest := newest
+	for _, one := range st.subs {
+		switch {
+		case !asksForOwn(one.name, newest.TrustDomain):
+		case one.took == nil:
+			return nil
+		case one.took.Incarnation != newest.Incarnation || one.took.Sequence < oldest.Sequence:
+			oldest = one.took
+		}
+	}
+	return oldest
 }
 
 func answerOf(items []item) (a Answer) {

@@ -88,7 +88,7 @@ func TestAChangeIsSentOnceAndItsAnswerIsHeard(t *testing.T) {
 	if held := server.Holdings(); held[sds.Holding{Incarnation: "a", Sequence: 2}] != 1 || len(held) != 1 {
 		t.Errorf("streams by bundle: %v", held)
 	}
-	if w := shelf.wants; len(w) != 1 || w[0] != (sds.Wants{SVID: true, Bundle: true}) {
+	if w := shelf.wants; len(w) != 1 || w[0] != (sds.Wants{SVID: true, Bundle: true, Own: true}) {
 		t.Errorf("wanted: %+v", w)
 	}
 }
@@ -117,6 +117,37 @@ func TestWhatAClientDidNotTakeIsNotSentAgain(t *testing.T) {
 	}
 	s.ack()
 	shelf.await(t, "the next", func() bool { return len(shelf.answers) == 3 && shelf.answers[2].Reason == "" })
+}
+
+// A client that verifies by two names goes on with an older bundle by the one while it has the newest by the other: what is heard is the oldest.
+func TestTheOldestBundleOfAStreamIsWhatCounts(t *testing.T) {
+	t.Parallel()
+	theirs := func(n uint64) *sds.Bundle { return bundle(other, "z", n) }
+	shelf := newShelf(materials(bundle(td, "a", 1), nil, theirs(1)))
+	_, client, _ := serve(t, sds.Options{Opener: shelf})
+	s := stateOf(t, client).ask("ROOTCA", "ALL", "spiffe://example.org", "spiffe://nobody.example", "file-root:/x")
+	s.next()
+	s.ack()
+	shelf.await(t, "the first", func() bool { return len(shelf.answers) == 1 && shelf.answers[0].Bundle.Sequence == 1 })
+	shelf.put(materials(bundle(td, "a", 2), nil, theirs(1)))
+	has(t, s.next(), "ROOTCA", "ALL")
+	s.nack("no")
+	shelf.await(t, "the refusal", func() bool { return len(shelf.answers) == 2 })
+	shelf.put(materials(bundle(td, "a", 2), nil, theirs(2)))
+	has(t, s.next(), "ALL", "spiffe://example.org")
+	s.ack()
+	shelf.await(t, "the answer", func() bool { return len(shelf.answers) == 3 && shelf.answers[2].Bundle.Sequence == 1 })
+
+	fresh := stateOf(t, client).ask("ROOTCA", "ALL")
+	fresh.next()
+	fresh.nack("no")
+	shelf.await(t, "the refusal of the first", func() bool { return len(shelf.answers) == 4 })
+	shelf.put(materials(bundle(td, "a", 2), nil, theirs(3)))
+	has(t, fresh.next(), "ALL")
+	fresh.ack()
+	shelf.await(t, "the answer of who has nothing by one name", func() bool {
+		return len(shelf.answers) == 5 && shelf.answers[4].Reason == "" && shelf.answers[4].Bundle == nil
+	})
 }
 
 // An answer to an older response, or to none, says nothing of the open one; and who names another version has not taken it.
