@@ -602,6 +602,27 @@ func TestAnSVIDIsRenewedAtHalfOfItsLife(t *testing.T) {
 	})
 }
 
+// An SVID that is revoked is followed by none, and its stream ends; who comes back with a credential that still counts gets another, however soon that is.
+func TestWhoseSVIDIsRevokedComesBackForAnotherOnce(t *testing.T) {
+	inBubble(t, doorOptions{privateKeys: true, connections: lasting(), patience: time.Hour, profiles: hourly()}, func(t *testing.T, d *door, w *wire) {
+		long := bearer(t.Context(), signToken(t, d.key, "RS256", "k1", with(goodClaims(), "exp", time.Now().Add(1000*time.Hour).Unix())))
+		conn := w.dial(t, d)
+		s := subscribe(t, long, conn, "", "default")
+		first := d.pair(t, s.next()["default"])
+		s.ack()
+		if _, err := d.ca.Revoke(t.Context(), ledger.Serial(first.SerialNumber.Bytes()), "stolen", "test"); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.ends(); status.Code(err) != codes.Unauthenticated {
+			t.Errorf("the stream ended with %v", err)
+		}
+		again := subscribe(t, long, conn, s.latest.VersionInfo, "default")
+		if next := d.pair(t, again.next()["default"]); next.Equal(first) {
+			t.Error("it has the revoked one again")
+		}
+	})
+}
+
 // hourly is a default profile whose certificates live for an hour.
 func hourly() map[string]ca.ProfileConfig {
 	c := ca.DefaultProfileConfig()

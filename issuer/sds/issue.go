@@ -39,12 +39,14 @@ func (s *session) issue() {
 		s.mu.Unlock()
 		return
 	}
-	lasts := !errors.Is(err, ca.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded)
+	lasts := !errors.Is(err, ca.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) && s.ctx.Err() == nil
 	s.retry = min(max(s.retry, firstRetry), mostRetry)
 	s.renew = now.Add(part(s.retry, 0.5, 1))
 	s.retry *= 2
 	over, goesOn := s.over, before == nil && s.wants.Bundle
-	s.barred = lasts
+	if s.barred = lasts; lasts {
+		s.held = nil // kept for the stream that comes back, it would end that one, too: nothing follows on it
+	}
 	s.mu.Unlock()
 	if over || s.ctx.Err() != nil {
 		return
