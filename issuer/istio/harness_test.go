@@ -94,6 +94,7 @@ type door struct {
 	log      *lines
 	registry *prometheus.Registry
 	envoys   *sds.Server
+	gate     *gate.Gate
 	anchors  *anchors
 	stop     context.CancelFunc // of the streams
 }
@@ -222,6 +223,7 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 	t.Cleanup(func() { cancel(); <-renewing })
 	counters := metrics.New(d.registry)
 	crowd := gate.New(gate.Options{Calls: o.calls, Patience: o.patience, Work: istio.IsCSR, Streams: sds.IsSDS, Logger: log, Metrics: counters})
+	d.gate = crowd
 	desk := &reception.Desk{Callers: callers, Metrics: counters, Log: log, Gate: crowd, Waiting: time.Minute}
 	streams := sds.NewCallers(sds.CallersOptions{Desk: desk, CA: d.ca, PrivateKeys: o.privateKeys, Timeout: 10 * time.Second})
 	ending, stop := context.WithCancel(context.Background())

@@ -778,6 +778,34 @@ func TestAbuseOfSDSLeavesNothingBehind(t *testing.T) {
 	}
 }
 
+// Who opens streams and takes them back, unseen, without end loses its connection, as with other calls: they are no good words between those.
+func TestWhoTakesBackStreamsWithoutEndLosesItsConnection(t *testing.T) {
+	t.Parallel()
+	d := openDoor(t, nil)
+	conn := d.connect(t, nil)
+	for range 110 {
+		ctx, cancel := context.WithCancel(t.Context())
+		stream, err := secret.NewSecretDiscoveryServiceClient(conn).StreamSecrets(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		if err := stream.RecvMsg(&discovery.DiscoveryResponse{}); status.Code(err) != codes.Canceled && status.Code(err) != codes.Unavailable {
+			t.Fatalf("the client is told %v", err)
+		}
+	}
+	d.await(t, "a connection was ended", "in vain")
+	deadline, tick := time.After(time.Minute), time.NewTicker(10*time.Millisecond)
+	defer tick.Stop()
+	for d.gate.Counts().Arriving > 0 {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("%d of the streams are waited for still", d.gate.Counts().Arriving)
+		}
+	}
+}
+
 // deaf is a client's connection that can be cut: what it sends is lost, and nothing comes any more, as behind a broken network.
 type deaf struct {
 	net.Conn

@@ -88,6 +88,11 @@ func (s *Server) serve(wire grpc.ServerStream, delta bool) (err error) {
 	case first = <-requests:
 	case <-s.ending:
 		return errStopping
+	case <-ctx.Done(): // the other goroutine may have seen that, too, and says nothing then
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	if errors.Is(first.err, errGone) {
+		return status.Error(codes.Canceled, "the client ended the stream before it asked for anything") // for the gate, which counts what is in vain
 	}
 	if first.err == nil { // who it is costs something to find out, and is of no use for a request that is wrong
 		return s.follow(wire, delta, first.request, requests)
