@@ -377,6 +377,23 @@ func TestWhatIsWrongIsRefusedBeforeAnybodyIsAsked(t *testing.T) {
 	}
 }
 
+// Something is always due when there are very many streams: to look at them takes a bounded part of the time, and is not put off for long.
+func TestLookingAtTheStreamsTakesASmallPartOfTheTime(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ due, took, want time.Duration }{
+		{0, 10 * time.Microsecond, 20 * time.Millisecond},
+		{-time.Hour, 0, 20 * time.Millisecond},
+		{300 * time.Millisecond, time.Millisecond, 300 * time.Millisecond},
+		{0, 30 * time.Millisecond, 600 * time.Millisecond},
+		{0, time.Minute, time.Second},
+		{time.Hour, 0, time.Second},
+	} {
+		if got := sds.Rest(c.due, c.took); got != c.want {
+			t.Errorf("something is due in %s, and the last look took %s: the next is in %s, and should be in %s", c.due, c.took, got, c.want)
+		}
+	}
+}
+
 func TestAStreamEndsWithWhatItsSourceSays(t *testing.T) {
 	t.Parallel()
 	shelf := newShelf(materials(bundle(td, "a", 1), nil))
