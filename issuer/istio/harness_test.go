@@ -146,6 +146,7 @@ type doorOptions struct {
 	patience    time.Duration // with half-sent requests; 0: the gate's own
 	privateKeys bool          // of SDS
 	dir         string        // of the CA; "": any
+	clock       *ca.Clock     // of the CA; nil: the machine's
 }
 
 // openDoor opens everything. profiles are added to the default one.
@@ -183,6 +184,9 @@ func openDoorWith(t testing.TB, o doorOptions) *door {
 	keys, err := file.OpenKeyStore(file.KeyStoreOptions{Dir: filepath.Join(dir, "keys")})
 	must(err)
 	clock := ca.SystemClock()
+	if o.clock != nil {
+		clock = *o.clock
+	}
 	guarded, err := ca.OpenGuardedClock(filepath.Join(dir, "clock.json"), clock, time.Time{})
 	must(err)
 	made := map[string]*ca.Profile{}

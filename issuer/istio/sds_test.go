@@ -10,9 +10,11 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -479,6 +481,82 @@ func TestAStreamOfAClientCertificateLivesAndDiesWithIt(t *testing.T) {
 		}
 		if got := w.accepted.Load(); got != connections+1 {
 			t.Errorf("%d connections more; the old one is to end", got-connections)
+		}
+	})
+}
+
+// jumpingClock is a clock of a CA that a test sets ahead.
+func jumpingClock() (ca.Clock, *atomic.Int64) {
+	clock, ahead := ca.SystemClock(), &atomic.Int64{}
+	system := clock.Wall
+	clock.Wall = func() time.Time { return system().Add(time.Duration(ahead.Load())) }
+	return clock, ahead
+}
+
+// A clock that is put back puts off no renewal, and no end of a stream: the others' clocks go on.
+func TestAClockThatIsPutBackPutsNothingOff(t *testing.T) {
+	clock, ahead := jumpingClock()
+	inBubble(t, doorOptions{privateKeys: true, connections: lasting(), patience: time.Hour, profiles: hourly(), clock: &clock}, func(t *testing.T, d *door, w *wire) {
+		ahead.Store(int64(5 * time.Hour))
+		token := signToken(t, d.key, "RS256", "k1", with(goodClaims(), "exp", time.Now().Add(7*time.Hour).Unix())) // two by the clock of now
+		began := time.Now()
+		s := subscribe(t, bearer(t.Context(), token), w.dial(t, d), "", "default")
+		s.next()
+		s.ack()
+		<-time.After(time.Minute)
+		ahead.Store(0)
+		s.next()
+		s.ack()
+		if after := time.Since(began); after > 34*time.Minute {
+			t.Errorf("an SVID of an hour is renewed after %s", after)
+		}
+		if err := s.ends(); status.Code(err) != codes.Unavailable || time.Since(began) > 2*time.Hour {
+			t.Errorf("after %s the stream ended with %v", time.Since(began), err)
+		}
+	})
+}
+
+// While there is no issuing CA in the place of a tainted one, those who wait for another SVID ask more and more rarely.
+func TestATaintedSVIDThatCannotBeReplacedIsTriedAgainWithBackoff(t *testing.T) {
+	dir := t.TempDir()
+	inBubble(t, doorOptions{privateKeys: true, connections: lasting(), patience: time.Hour, dir: dir}, func(t *testing.T, d *door, w *wire) {
+		s := subscribe(t, bearer(t.Context(), d.token(t)), w.dial(t, d), "", "default")
+		s.next()
+		s.ack()
+		if err := os.Rename(filepath.Join(dir, "keys"), filepath.Join(dir, "away")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "keys"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		tainted, _ := d.ca.Active()
+		if err := d.ca.Taint(t.Context(), tainted, "lost", "test"); err == nil {
+			t.Error("there is another issuing CA")
+		}
+		<-time.After(5 * time.Minute)
+		if n := strings.Count(d.log.String(), "an SDS stream does not get its SVID"); n < 5 || n > 20 {
+			t.Errorf("it was tried %d times in five minutes", n)
+		}
+	})
+}
+
+// A clock that is put back does not put off the look at whether a client certificate still counts.
+func TestARevocationIsSeenWhenTheClockWasPutBack(t *testing.T) {
+	clock, ahead := jumpingClock()
+	inBubble(t, doorOptions{connections: lasting(), patience: time.Hour, clock: &clock}, func(t *testing.T, d *door, w *wire) {
+		made, leaf := d.clientCertificate(t, bearer(t.Context(), d.token(t)), pb.NewIstioCertificateServiceClient(w.dial(t, d)))
+		ahead.Store(int64(5 * time.Hour))
+		s := subscribe(t, t.Context(), w.dialWith(t, d, made), "", "ROOTCA")
+		s.next()
+		s.ack()
+		<-time.After(time.Minute)
+		ahead.Store(0)
+		if _, err := d.ca.Revoke(t.Context(), ledger.Serial(leaf.SerialNumber.Bytes()), "stolen", "test"); err != nil {
+			t.Fatal(err)
+		}
+		revoked := time.Now()
+		if err := s.ends(); status.Code(err) != codes.Unauthenticated || time.Since(revoked) > time.Minute {
+			t.Errorf("after %s the stream ended with %v", time.Since(revoked), err)
 		}
 	})
 }

@@ -122,8 +122,9 @@ func (c *Callers) open(ctx context.Context, id string) (*session, ca.Caller, err
 		s.certificates = credentials.Certificates
 	}
 	now := c.ca.Now()
-	s.ends = now.Add(part(caller.Until.Sub(now), 0.90, 0.98))
-	s.check = now.Add(part(checkEvery, 0.5, 1))
+	lasts := part(caller.Until.Sub(now), 0.90, 0.98)
+	s.ends, s.lasts = now.Add(lasts), time.Now().Add(lasts)
+	s.check = time.Now().Add(part(checkEvery, 0.5, 1))
 	if err := c.enrol(s); err != nil {
 		return nil, caller, err
 	}
@@ -170,7 +171,7 @@ func (c *Callers) leave(s *session) {
 	if held != nil {
 		delete(s.connection.issues, held.number)
 		if len(c.parked) < maxParked {
-			c.parked[serialOf(held.svid)] = parked{held, s.caller.Holder, c.ca.Now().Add(parkedFor)}
+			c.parked[serialOf(held.svid)] = parked{held, s.caller.Holder, time.Now().Add(parkedFor)}
 		}
 	}
 	if delete(s.connection.sessions, s); len(s.connection.sessions) == 0 {
@@ -272,9 +273,9 @@ func rest(due, took time.Duration) time.Duration {
 func (c *Callers) passOver() []*session {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now := c.ca.Now()
+	now, valid := time.Now(), c.ca.Now()
 	for serial, p := range c.parked {
-		if now.After(p.until) || !now.Before(p.svid.NotAfter) {
+		if now.After(p.until) || !valid.Before(p.svid.NotAfter) {
 			delete(c.parked, serial)
 		}
 	}
@@ -301,7 +302,7 @@ func (c *Callers) isTainted(authority ledger.Hash) bool {
 func (c *Callers) retire(connection gate.Connection, why error) {
 	c.mu.Lock()
 	_, already := c.retired[connection]
-	c.retired[connection] = c.ca.Now()
+	c.retired[connection] = time.Now()
 	var on []*session
 	for s := range c.sessions {
 		if s.connection.key.through == connection {
@@ -340,14 +341,15 @@ type session struct {
 	address      net.Addr
 	certificates []*x509.Certificate // with which the stream was opened; none: with a token alone
 	connection   *connection
-	ends         time.Time
+	ends         time.Time // by the CA's clock
+	lasts        time.Time // the same by a clock that nobody puts back
 
 	// Of Callers.mu.
 	verifies bool   // with the trust bundle that the stream asks for
 	bundle   uint64 // the oldest that it has by one of its names; 0: by one of them it is not known to have any
 
 	mu      sync.Mutex
-	check   time.Time // when the client certificate is looked at again
+	check   time.Time // when the client certificate is looked at again; monotonic
 	wants   Wants
 	changed chan struct{} // closed when there is another SVID, or another bundle for a stream with an SVID
 	shared  *trusted      // that changed was made for
@@ -359,8 +361,8 @@ type session struct {
 	before  *held // that held replaced
 	issuing bool
 	barred  bool          // this stream gets no SVID
-	renew   time.Time     // when the next SVID is due
-	retry   time.Duration // wait after the next failure
+	try     time.Time     // when the next SVID is due; monotonic
+	retry   time.Duration // wait after the next failure; 0: the last issue did not fail
 }
 
 // held is an SVID that a stream was given.
@@ -369,7 +371,8 @@ type held struct {
 	number    uint64 // of its issue
 	serial    ledger.Serial
 	authority ledger.Hash
-	renew     time.Time
+	renew     time.Time // when the next is due by the CA's clock …
+	try       time.Time // … and by one that nobody puts back
 }
 
 // String names the stream in the log.
@@ -420,7 +423,7 @@ func (s *session) Want(wants Wants) {
 	}
 	if h := s.callers.unpark(wants.Holds, s.caller); h != nil {
 		s.mu.Lock()
-		s.held, s.renew = h, h.renew
+		s.held, s.try = h, h.try
 		s.tell()
 		s.mu.Unlock()
 		return
@@ -476,13 +479,13 @@ func (s *session) close() *held {
 
 // look does what is due, and says when to look again.
 func (s *session) look(now time.Time) (next time.Time) {
-	if !now.Before(s.ends) {
+	if !now.Before(s.ends) || !time.Now().Before(s.lasts) {
 		s.expire(status.Errorf(codes.Unavailable, "what this stream was opened with expires at %s: come back with its successor (request id %s)",
 			s.caller.Until.UTC().Format(time.RFC3339), s.id))
 		return now.Add(mostPass)
 	}
 	next = s.ends
-	if len(s.certificates) > 0 && !s.stands(now) {
+	if len(s.certificates) > 0 && !s.stands() {
 		return now.Add(mostPass)
 	}
 	s.mu.Lock()
@@ -500,16 +503,17 @@ func (s *session) look(now time.Time) (next time.Time) {
 	if s.issuing {
 		return next
 	}
-	if s.held != nil && s.renew.After(now) && s.callers.isTainted(s.held.authority) {
-		s.renew = now
+	due := time.Until(s.try)
+	if s.held != nil && s.retry == 0 && (!now.Before(s.held.renew) || s.callers.isTainted(s.held.authority)) {
+		due = 0
 	}
-	if !s.renew.After(now) {
+	if due <= 0 {
 		s.issuing = true
 		go s.issue()
 		return next
 	}
-	if s.renew.Before(next) {
-		next = s.renew
+	if try := now.Add(due); try.Before(next) {
+		next = try
 	}
 	return next
 }
@@ -524,11 +528,11 @@ func (s *session) expire(why error) {
 
 // stands looks now and then whether the client certificate still authenticates. It does not do so for all streams at once when authorities change, in the moment in which they get the
 // next bundle: each certificate is verified anew then.
-func (s *session) stands(now time.Time) bool {
+func (s *session) stands() bool {
 	s.mu.Lock()
-	due := !now.Before(s.check)
+	due := !time.Now().Before(s.check)
 	if due {
-		s.check = now.Add(part(checkEvery, 0.5, 1))
+		s.check = time.Now().Add(part(checkEvery, 0.5, 1))
 	}
 	s.mu.Unlock()
 	if !due {

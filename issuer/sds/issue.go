@@ -29,19 +29,18 @@ func (s *session) issue() {
 	before := s.held
 	s.mu.Unlock()
 	next, err := s.make(before)
-	now := s.callers.ca.Now()
 	s.mu.Lock()
 	s.issuing = false
 	if err == nil {
-		s.before, s.held, s.retry = s.held, next, firstRetry
-		s.renew = next.renew
+		s.before, s.held, s.retry = s.held, next, 0
+		s.try = next.try
 		s.tell()
 		s.mu.Unlock()
 		return
 	}
 	lasts := !errors.Is(err, ca.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) && s.ctx.Err() == nil
 	s.retry = min(max(s.retry, firstRetry), mostRetry)
-	s.renew = now.Add(part(s.retry, 0.5, 1))
+	s.try = time.Now().Add(part(s.retry, 0.5, 1))
 	s.retry *= 2
 	over, goesOn := s.over, before == nil && s.wants.Bundle
 	if s.barred = lasts; lasts {
@@ -115,5 +114,6 @@ func (s *session) make(before *held) (h *held, err error) {
 	s.callers.Metrics.Issued(ca.DefaultProfile, caller.Proofs[0].Method, false)
 	s.logIssued(issued)
 	now := s.callers.ca.Now()
-	return &held{svid: svid, number: issued.Number, serial: issued.Serial, authority: issued.Authority, renew: now.Add(part(issued.NotAfter.Sub(now), 0.45, 0.55))}, nil
+	half := part(issued.NotAfter.Sub(now), 0.45, 0.55)
+	return &held{svid: svid, number: issued.Number, serial: issued.Serial, authority: issued.Authority, renew: now.Add(half), try: time.Now().Add(half)}, nil
 }
