@@ -126,13 +126,17 @@ func (a *acks) put(one ack) {
 	if a.stopped {
 		return // its holder counts as under what it had
 	}
-	if there, ok := a.pending[one.number]; ok && (one.presented || there.bundle > one.bundle) {
-		return
-	}
-	a.pending[one.number] = one
+	keep(a.pending, one)
 	if a.workers < ackWorkers {
 		a.workers++
 		go a.work()
+	}
+}
+
+// keep keeps of each issue what says most. Several may be recorded at once of one, and fail in any order.
+func keep(all map[uint64]ack, one ack) {
+	if there, ok := all[one.number]; !ok || !one.presented && there.bundle <= one.bundle {
+		all[one.number] = one
 	}
 }
 
@@ -159,7 +163,7 @@ func (a *acks) work() {
 				a.since = time.Now()
 				a.log.Error("what holders acknowledge cannot be recorded, and is tried again: until then their certificates count as under an older bundle", "error", err)
 			}
-			a.failed[one.number] = one
+			keep(a.failed, one)
 			a.mu.Unlock()
 		}
 	}

@@ -377,6 +377,16 @@ func TestWhatIsWrongIsRefusedBeforeAnybodyIsAsked(t *testing.T) {
 	}
 }
 
+// Acknowledgements that cannot be recorded fail in any order; the one that says most is not lost.
+func TestOfWhatCouldNotBeRecordedTheNewestIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	for _, order := range [][]uint64{{0, 5, 6}, {6, 5, 0}, {5, 6, 0}, {6, 0, 5}} {
+		if got := sds.Kept(order...); got != 6 {
+			t.Errorf("failed in the order %d: the bundle %d is tried again", order, got)
+		}
+	}
+}
+
 // Something is always due when there are very many streams: to look at them takes a bounded part of the time, and is not put off for long.
 func TestLookingAtTheStreamsTakesASmallPartOfTheTime(t *testing.T) {
 	t.Parallel()
