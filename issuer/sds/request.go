@@ -65,5 +65,12 @@ func checkNames(names []string) error {
 	if slices.ContainsFunc(names, func(name string) bool { return len(name) > maxName }) {
 		return invalid("a name has more than %d octets", maxName)
 	}
+	octets := 0
+	for _, name := range names {
+		octets += len(name)
+	}
+	if octets > maxOctets {
+		return invalid("the names that are asked for have %d octets, and on a stream at most %d are looked at", octets, maxOctets)
+	}
 	return nil
 }

@@ -23,12 +23,13 @@ import (
 
 // Limits of what a client may ask for. An Envoy asks for one secret a stream, and says a word to each response.
 const (
-	maxNames   = 100  // on one stream
-	maxName    = 2048 // octets, as SPIFFE IDs have it (SPIFFE-ID 2.4)
-	maxVersion = 256  // octets of a version that is looked at
-	maxReason  = 512  // octets of what a client says of a refusal
-	burst      = 200  // requests that a stream may make at once …
-	rate       = 5    // … and in a second after that
+	maxNames   = 100      // on one stream
+	maxName    = 2048     // octets, as SPIFFE IDs have it (SPIFFE-ID 2.4)
+	maxOctets  = 16 << 10 // of all names on one stream
+	maxVersion = 256      // octets of a version that is looked at
+	maxReason  = 512      // octets of what a client says of a refusal
+	burst      = 200      // requests that a stream may make at once …
+	rate       = 5        // … and in a second after that
 )
 
 const (

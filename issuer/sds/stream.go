@@ -247,10 +247,11 @@ func (st *stream) add(names []string) error {
 			st.subs = append(st.subs, &sub{name: name})
 		}
 	}
-	if len(st.subs) > maxNames {
-		return invalid("%d names are asked for, and at most %d are answered on a stream", len(st.subs), maxNames)
+	all := make([]string, len(st.subs))
+	for i, one := range st.subs {
+		all[i] = one.name
 	}
-	return nil
+	return checkNames(all)
 }
 
 func (st *stream) remove(names []string) {

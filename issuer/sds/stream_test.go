@@ -345,10 +345,15 @@ func TestWhatIsWrongIsRefusedBeforeAnybodyIsAsked(t *testing.T) {
 	for i := range many {
 		many[i] = fmt.Sprintf("n%d", i)
 	}
+	long := make([]string, 9)
+	for i := range long {
+		long[i] = fmt.Sprint(i) + strings.Repeat("a", 2047)
+	}
 	for name, r := range map[string]*discovery.DiscoveryRequest{
 		"another type":       {TypeUrl: "type.googleapis.com/envoy.config.cluster.v3.Cluster", ResourceNames: []string{"ROOTCA"}},
 		"ten thousand names": {ResourceNames: many},
 		"a long name":        {ResourceNames: []string{strings.Repeat("a", 2049)}},
+		"long names":         {ResourceNames: long},
 	} {
 		s := stateOf(t, client)
 		s.send(r)
@@ -362,18 +367,20 @@ func TestWhatIsWrongIsRefusedBeforeAnybodyIsAsked(t *testing.T) {
 	if shelf.opened != 0 {
 		t.Errorf("%d callers were looked at", shelf.opened)
 	}
-	// Of a hundred that are added one after the other the next is too many.
-	wire, err := client.DeltaSecrets(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range 101 {
-		if err := wire.Send(&discovery.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{many[i]}}); err != nil {
-			break
+	// Of a hundred that are added one after the other the next is too many, and of eight long ones.
+	for _, names := range [][]string{many[:101], long} {
+		wire, err := client.DeltaSecrets(t.Context())
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	if _, err = wire.Recv(); status.Code(err) != codes.InvalidArgument {
-		t.Error(err)
+		for _, name := range names {
+			if err := wire.Send(&discovery.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{name}}); err != nil {
+				break
+			}
+		}
+		if _, err = wire.Recv(); status.Code(err) != codes.InvalidArgument {
+			t.Error(err)
+		}
 	}
 }
 
