@@ -409,6 +409,40 @@ func TestABundleCountsOnceEveryStreamOfTheConnectionHasIt(t *testing.T) {
 	}
 }
 
+// A validator whose stream ended may be back in a moment, and goes on meanwhile with what it has. One that stays away counts no more.
+func TestAValidatorThatIsAwayForAMomentIsNotPassedOver(t *testing.T) {
+	inBubble(t, doorOptions{privateKeys: true, connections: lasting(), patience: time.Hour}, func(t *testing.T, d *door, w *wire) {
+		conn, ctx := w.dial(t, d), bearer(t.Context(), d.token(t))
+		brief, end := context.WithCancel(ctx)
+		svid, roots, all := subscribe(t, ctx, conn, "", "default"), subscribe(t, ctx, conn, "", "ROOTCA"), subscribe(t, brief, conn, "", "ALL")
+		number, _ := d.issue(t, d.pair(t, svid.next()["default"]))
+		svid.ack()
+		for _, s := range []*subscription{roots, all} {
+			s.next()
+			s.ack()
+		}
+		d.awaitState(t, number, func(s ledger.IssueState) bool { return s.Bundle == 1 })
+		d.anchors.add(t)
+		roots.next()
+		roots.ack()
+		all.next()
+		all.nack("no")
+		<-time.After(time.Second)
+		end()
+		<-time.After(time.Second)
+		brief, end = context.WithCancel(ctx)
+		all = subscribe(t, brief, conn, "", "ALL")
+		all.next()
+		all.nack("no")
+		<-time.After(time.Minute)
+		if state, err := d.ledger.IssueState(number); err != nil || state.Bundle != 1 {
+			t.Errorf("the validator that refused the bundle is passed over: %+v, %v", state, err)
+		}
+		end()
+		d.awaitState(t, number, func(s ledger.IssueState) bool { return s.Bundle == 2 })
+	})
+}
+
 // No bundle below the floor is sent, from the moment that the floor is durable.
 func TestNoBundleBelowTheFloorIsSent(t *testing.T) {
 	t.Parallel()

@@ -42,6 +42,7 @@ type Callers struct {
 	mu          sync.Mutex
 	sessions    map[*session]struct{}
 	connections map[connectionKey]*connection
+	departed    map[*connection]bool          // from which streams departed
 	retired     map[gate.Connection]time.Time // that are to end, and since when
 	parked      map[string]parked             // SVIDs whose streams have ended, by serial number
 	tainted     map[ledger.Hash]bool          // authorities
@@ -64,7 +65,7 @@ type trusted struct {
 // NewCallers makes an Opener.
 func NewCallers(o CallersOptions) *Callers {
 	c := &Callers{Desk: o.Desk, ca: o.CA, privateKeys: o.PrivateKeys, timeout: o.Timeout, sessions: map[*session]struct{}{},
-		connections: map[connectionKey]*connection{}, retired: map[gate.Connection]time.Time{}, parked: map[string]parked{}, tainted: map[ledger.Hash]bool{}}
+		connections: map[connectionKey]*connection{}, departed: map[*connection]bool{}, retired: map[gate.Connection]time.Time{}, parked: map[string]parked{}, tainted: map[ledger.Hash]bool{}}
 	c.acks.init(o.CA, o.Desk.Log)
 	c.trusted.Store(&trusted{bundles: c.bundles(nil), changed: make(chan struct{})})
 	return c
@@ -150,7 +151,7 @@ func (c *Callers) enrol(s *session) error {
 	key := connectionKey{through, s.caller.ID, s.caller.Holder}
 	s.connection = c.connections[key]
 	if s.connection == nil {
-		s.connection = &connection{key: key, sessions: map[*session]struct{}{}, issues: map[uint64]ledger.Serial{}}
+		s.connection = &connection{key: key, sessions: map[*session]struct{}{}, departed: map[uint64]time.Time{}, issues: map[uint64]ledger.Serial{}}
 		c.connections[key] = s.connection
 	}
 	s.connection.sessions[s] = struct{}{}
@@ -174,9 +175,7 @@ func (c *Callers) leave(s *session) {
 			c.parked[serialOf(held.svid)] = parked{held, s.caller.Holder, time.Now().Add(parkedFor)}
 		}
 	}
-	if delete(s.connection.sessions, s); len(s.connection.sessions) == 0 {
-		delete(c.connections, s.connection.key)
-	}
+	c.depart(s)
 }
 
 // An SVID is kept for a stream that comes back, as it does when its connection was ended for its age: who names its serial number, and is the same holder, has it
@@ -279,6 +278,7 @@ func (c *Callers) passOver() []*session {
 			delete(c.parked, serial)
 		}
 	}
+	c.forget()
 	for connection, since := range c.retired {
 		if now.Sub(since) > retiredFor {
 			delete(c.retired, connection)

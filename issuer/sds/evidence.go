@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -26,6 +27,7 @@ type connectionKey struct {
 type connection struct {
 	key      connectionKey
 	sessions map[*session]struct{}
+	departed map[uint64]time.Time     // streams that ended a moment ago, by the bundle that each had, and until when they count as before
 	issues   map[uint64]ledger.Serial // that the holder evidently has: the client certificate that it presented, and SVIDs that it acknowledged
 	bundle   uint64                   // the newest that all streams of that time had acknowledged; 0: none
 }
@@ -40,7 +42,55 @@ func (c *connection) oldest() (oldest uint64) {
 			}
 		}
 	}
+	for bundle := range c.departed {
+		if oldest == 0 || bundle < oldest {
+			if oldest = bundle; oldest == 0 {
+				return 0
+			}
+		}
+	}
 	return oldest
+}
+
+// departedFor is how long a stream that ended counts as before: its client verifies with what it has, and mostly is back within a second.
+const departedFor = 10 * time.Second
+
+// depart takes a stream away. c.mu is locked.
+func (c *Callers) depart(s *session) {
+	on := s.connection
+	if delete(on.sessions, s); len(on.sessions) == 0 {
+		delete(c.connections, on.key)
+		delete(c.departed, on)
+		return
+	}
+	if s.verifies {
+		on.departed[s.bundle] = time.Now().Add(departedFor)
+		c.departed[on] = true
+	}
+}
+
+// forget forgets streams that stay away, and credits what holds without them. c.mu is locked.
+func (c *Callers) forget() {
+	now := time.Now()
+	for on := range c.departed {
+		maps.DeleteFunc(on.departed, func(_ uint64, until time.Time) bool { return now.After(until) })
+		if len(on.departed) == 0 {
+			delete(c.departed, on)
+		}
+		c.credit(on)
+	}
+}
+
+// credit records that the holder has a newer bundle than was known, if that is so. c.mu is locked.
+func (c *Callers) credit(on *connection) {
+	oldest := on.oldest()
+	if oldest <= on.bundle {
+		return
+	}
+	on.bundle = oldest
+	for number, serial := range on.issues {
+		c.acks.add(ack{number: number, serial: serial, bundle: oldest})
+	}
 }
 
 // Answered implements Source: what was acknowledged is evidence for the ledger. An SVID's arrival says nothing of the bundle.
@@ -72,14 +122,7 @@ func (s *session) Answered(a Answer) {
 		return
 	}
 	s.bundle = a.Bundle.Sequence
-	oldest := s.connection.oldest()
-	if oldest <= s.connection.bundle {
-		return
-	}
-	s.connection.bundle = oldest
-	for number, serial := range s.connection.issues {
-		c.acks.add(ack{number: number, serial: serial, bundle: s.connection.bundle})
-	}
+	c.credit(s.connection)
 }
 
 // ack is what is to be recorded of an issue.
