@@ -120,7 +120,7 @@ func newPort(t *testing.T, o Options) *port {
 		p.steps = append(p.steps, name)
 		return nil
 	}
-	server := grpc.NewServer(grpc.Creds(p.gate.Credentials(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12, ClientAuth: tls.RequestClientCert,
+	server := grpc.NewServer(grpc.WaitForHandlers(true), grpc.Creds(p.gate.Credentials(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12, ClientAuth: tls.RequestClientCert,
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return nil, step("hello") },
 		VerifyConnection:   func(tls.ConnectionState) error { return step("proof") },
 		Certificates:       []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}))),
