@@ -196,7 +196,7 @@ func (s *Server) end(ctx context.Context, source Source, err error) error {
 func (st *stream) take(r request) error {
 	first := !st.begun
 	st.begun = true
-	current := r.nonce == st.nonce // both are empty until there was a response
+	current := first || r.nonce == st.nonce // some clients begin with the nonce of an earlier stream
 	if current && st.open != nil {
 		st.answered(r)
 	}

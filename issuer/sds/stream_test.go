@@ -205,6 +205,11 @@ func TestWhoComesBackIsSentOnlyWhatItLacks(t *testing.T) {
 	shelf.put(materials(own, mine, bundle(other, "z", 1)))
 	has(t, again(names...).next(), "ALL")
 
+	// The nonce of an earlier stream means nothing on this one, and takes nothing from the request.
+	nonce := stateOf(t, client)
+	nonce.send(&discovery.DiscoveryRequest{ResourceNames: []string{"ROOTCA"}, VersionInfo: "1", ResponseNonce: "of-another-server"})
+	has(t, nonce.next(), "ROOTCA")
+
 	// A stranger's version is none.
 	for _, version := range []string{"1", "....", strings.Repeat("a.", 3) + strings.Repeat("b", 5000), first.took + ".x"} {
 		s := stateOf(t, client)
