@@ -41,11 +41,11 @@ type Callers struct {
 
 	mu          sync.Mutex
 	sessions    map[*session]struct{}
-	connections map[connectionKey]*connection
-	departed    map[*connection]bool          // from which streams departed
-	retired     map[gate.Connection]time.Time // that are to end, and since when
-	parked      map[string]parked             // SVIDs whose streams have ended, by serial number
-	tainted     map[ledger.Hash]bool          // authorities
+	connections map[gate.Connection][]*connection // one for each holder
+	departed    map[*connection]bool              // from which streams departed
+	retired     map[gate.Connection]time.Time     // that are to end, and since when
+	parked      map[string]parked                 // SVIDs whose streams have ended, by serial number
+	tainted     map[ledger.Hash]bool              // authorities
 }
 
 // CallersOptions are what Callers are made of. All are required.
@@ -65,7 +65,7 @@ type trusted struct {
 // NewCallers makes an Opener.
 func NewCallers(o CallersOptions) *Callers {
 	c := &Callers{Desk: o.Desk, ca: o.CA, privateKeys: o.PrivateKeys, timeout: o.Timeout, sessions: map[*session]struct{}{},
-		connections: map[connectionKey]*connection{}, departed: map[*connection]bool{}, retired: map[gate.Connection]time.Time{}, parked: map[string]parked{}, tainted: map[ledger.Hash]bool{}}
+		connections: map[gate.Connection][]*connection{}, departed: map[*connection]bool{}, retired: map[gate.Connection]time.Time{}, parked: map[string]parked{}, tainted: map[ledger.Hash]bool{}}
 	c.acks.init(o.CA, o.Desk.Log)
 	c.trusted.Store(&trusted{bundles: c.bundles(nil), changed: make(chan struct{})})
 	return c
@@ -149,10 +149,11 @@ func (c *Callers) enrol(s *session) error {
 		return errRetired
 	}
 	key := connectionKey{through, s.caller.ID, s.caller.Holder}
-	s.connection = c.connections[key]
-	if s.connection == nil {
+	if i := slices.IndexFunc(c.connections[through], func(there *connection) bool { return there.key == key }); i >= 0 {
+		s.connection = c.connections[through][i]
+	} else {
 		s.connection = &connection{key: key, sessions: map[*session]struct{}{}, departed: map[uint64]time.Time{}, issues: map[uint64]ledger.Serial{}}
-		c.connections[key] = s.connection
+		c.connections[through] = append(c.connections[through], s.connection)
 	}
 	s.connection.sessions[s] = struct{}{}
 	if p := s.caller.Presented; p != nil {
@@ -304,10 +305,8 @@ func (c *Callers) retire(connection gate.Connection, why error) {
 	_, already := c.retired[connection]
 	c.retired[connection] = time.Now()
 	var on []*session
-	for s := range c.sessions {
-		if s.connection.key.through == connection {
-			on = append(on, s)
-		}
+	for _, one := range c.connections[connection] { // and not all sessions: when an issuing CA is tainted, everybody's connection ends
+		on = slices.AppendSeq(on, maps.Keys(one.sessions))
 	}
 	c.mu.Unlock()
 	for _, s := range on {

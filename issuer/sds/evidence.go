@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -59,7 +60,10 @@ const departedFor = 10 * time.Second
 func (c *Callers) depart(s *session) {
 	on := s.connection
 	if delete(on.sessions, s); len(on.sessions) == 0 {
-		delete(c.connections, on.key)
+		through := on.key.through
+		if c.connections[through] = slices.DeleteFunc(c.connections[through], func(there *connection) bool { return there == on }); len(c.connections[through]) == 0 {
+			delete(c.connections, through)
+		}
 		delete(c.departed, on)
 		return
 	}
