@@ -550,13 +550,32 @@ func TestAClockThatIsPutBackPutsNothingOff(t *testing.T) {
 	})
 }
 
+// counted is what a counter without labels says.
+func (d *door) counted(t *testing.T, name string) float64 {
+	t.Helper()
+	families, err := d.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range families {
+		if family.GetName() == name {
+			return family.GetMetric()[0].GetCounter().GetValue()
+		}
+	}
+	t.Fatalf("nothing is counted as %s", name)
+	return 0
+}
+
 // While there is no issuing CA in the place of a tainted one, those who wait for another SVID ask more and more rarely.
 func TestATaintedSVIDThatCannotBeReplacedIsTriedAgainWithBackoff(t *testing.T) {
 	dir := t.TempDir()
 	inBubble(t, doorOptions{privateKeys: true, connections: lasting(), patience: time.Hour, dir: dir}, func(t *testing.T, d *door, w *wire) {
-		s := subscribe(t, bearer(t.Context(), d.token(t)), w.dial(t, d), "", "default")
-		s.next()
-		s.ack()
+		conn, ctx := w.dial(t, d), bearer(t.Context(), d.token(t))
+		for range 30 {
+			s := subscribe(t, ctx, conn, "", "default")
+			s.next()
+			s.ack()
+		}
 		if err := os.Rename(filepath.Join(dir, "keys"), filepath.Join(dir, "away")); err != nil {
 			t.Fatal(err)
 		}
@@ -567,9 +586,14 @@ func TestATaintedSVIDThatCannotBeReplacedIsTriedAgainWithBackoff(t *testing.T) {
 		if err := d.ca.Taint(t.Context(), tainted, "lost", "test"); err == nil {
 			t.Error("there is another issuing CA")
 		}
+		tried := func() float64 { return d.counted(t, "kedge_sds_issue_failures_total") }
+		<-time.After(500 * time.Millisecond)
+		if n, lines := tried(), strings.Count(d.log.String(), "an SDS stream does not get its SVID"); n != 30 || lines == 0 || lines > 20 {
+			t.Errorf("it was tried %v times at once, and there are %d lines about it", n, lines)
+		}
 		<-time.After(5 * time.Minute)
-		if n := strings.Count(d.log.String(), "an SDS stream does not get its SVID"); n < 5 || n > 20 {
-			t.Errorf("it was tried %d times in five minutes", n)
+		if n := tried() / 30; n < 5 || n > 20 {
+			t.Errorf("it was tried %v times a stream in five minutes", n)
 		}
 	})
 }

@@ -35,7 +35,8 @@ type Callers struct {
 	ca          *ca.CA
 	privateKeys bool
 	timeout     time.Duration
-	lines       sparing.Lines
+	lines       sparing.Lines // about who asks for keys
+	failures    sparing.Lines // of issues that are tried again
 	trusted     atomic.Pointer[trusted]
 	acks        acks
 

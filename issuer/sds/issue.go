@@ -52,7 +52,9 @@ func (s *session) issue() {
 	}
 	result, answer := reception.Refuse(s.id, err)
 	s.callers.Metrics.SDSIssueFailed()
-	s.callers.LogRefusal(s.ctx, "an SDS stream does not get its SVID, and keeps the one that it has", s.id, result, s.caller, err)
+	if _, tell := s.callers.failures.Tell(time.Now()); lasts || tell { // what is tried again fails for all streams at once, and again
+		s.callers.LogRefusal(s.ctx, "an SDS stream does not get its SVID, and keeps the one that it has", s.id, result, s.caller, err)
+	}
 	if lasts && !goesOn {
 		s.expire(answer)
 	}
