@@ -409,7 +409,17 @@ func (s *session) tell() {
 func (s *session) Want(wants Wants) {
 	s.mu.Lock()
 	asks := wants.SVID && !s.wants.SVID
-	s.wants = wants
+	s.mu.Unlock()
+	var has *held
+	if asks && s.callers.privateKeys {
+		has = s.callers.unpark(wants.Holds, s.caller)
+	}
+	s.mu.Lock()
+	s.wants = wants // from here on Run issues for a stream that has none
+	if has != nil {
+		s.held, s.try = has, has.try
+		s.tell()
+	}
 	s.mu.Unlock()
 	s.callers.mu.Lock()
 	s.verifies = wants.Own
@@ -421,14 +431,9 @@ func (s *session) Want(wants Wants) {
 		s.refuseKeys(wants.Bundle)
 		return
 	}
-	if h := s.callers.unpark(wants.Holds, s.caller); h != nil {
-		s.mu.Lock()
-		s.held, s.try = h, h.try
-		s.tell()
-		s.mu.Unlock()
-		return
+	if has == nil {
+		s.look(s.callers.ca.Now())
 	}
-	s.look(s.callers.ca.Now())
 }
 
 // refuseKeys tells whoever asks for an SVID what to do. A stream that asks for bundles, too, goes on with them.
