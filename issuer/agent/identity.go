@@ -58,7 +58,6 @@ type identity struct {
 	known    map[*sds.Bundle]uint64 // the latest bundles, by the order in which they were taken
 	follows  bool                   // the CA's server may also prove itself under the trust bundle: see serverRoots
 	sum      string                 // of the proof that brought the SVID, or one before it: it is not shown again
-	refused  string                 // serial of an SVID by which the CA does not know its holder any more
 	failure  error                  // of the latest call; nil: it was good, or there was none yet
 	denied   bool                   // the CA answered, and refused
 	faults   map[string]error       // what else is wrong, by what it is about
@@ -205,7 +204,7 @@ var errClock = errors.New("the SVID that has just come has less than half of its
 func (i *identity) renew(ctx context.Context) error {
 	came, with, err := i.obtain(ctx)
 	i.mu.Lock()
-	i.failure, i.denied = err, status.Code(err) == codes.Unauthenticated || status.Code(err) == codes.PermissionDenied
+	i.failure, i.denied = err, isDenial(err)
 	if err != nil {
 		if ctx.Err() == nil {
 			i.failures++
@@ -221,7 +220,6 @@ func (i *identity) renew(ctx context.Context) error {
 	if with.sum != "" {
 		i.sum = with.sum
 	}
-	i.refused = ""
 	taken := i.takeLocked(came.ID.TrustDomain(), came.Roots, came.BundlePEM, came.number, came.asked)
 	fits := taken || verifies(came.SVID, i.bundle.Roots)
 	svid, current := i.svid, i.bundle
@@ -244,33 +242,37 @@ func (i *identity) renew(ctx context.Context) error {
 }
 
 // obtain asks the CA. The SVID that is there proves its holder, and what an admin has given is shown when it is another than before: a join token serves once, and
-// whoever brings both a token and an SVID is seen to hold the SVID. When the CA does not know the holder by the SVID any more, what was given is shown again.
-func (i *identity) obtain(ctx context.Context) (*answer, shown, error) {
+// whoever brings both a token and an SVID is seen to hold the SVID. When the CA does not take that, the other proof is shown, alone; and so it is the next time.
+func (i *identity) obtain(ctx context.Context) (came *answer, with shown, err error) {
 	own, seen := i.own()
 	given, err := i.proof().read()
-	switch {
-	case err != nil && own == nil:
+	if err != nil && own == nil {
 		return nil, shown{}, err
+	}
+	var proofs []shown
+	switch {
 	case err != nil:
 		i.log.Warn("the SVID alone proves its holder, since what was given cannot be read", "error", err)
-		given = shown{sum: seen}
+		proofs = []shown{{certificate: own}}
+	case own == nil:
+		proofs = []shown{given}
+	case given.sum == seen:
+		proofs = []shown{{certificate: own}, given}
+	case given.token != "":
+		proofs = []shown{{token: given.token, certificate: own, sum: given.sum}, given} // alone if it is for another identity
+	default:
+		proofs = []shown{given, {certificate: own}}
 	}
-	if own != nil && given.sum == seen {
-		came, err := i.ask(ctx, shown{certificate: own})
-		if !isRefusal(err) || given.token == "" && given.certificate == nil {
-			return came, shown{}, err
+	for n := range proofs {
+		with = proofs[n]
+		if came, err = i.ask(ctx, with); !isDenial(err) {
+			break
 		}
-		i.log.Warn("the CA does not take the SVID as a proof: what was given is shown again", "error", err)
-		i.mu.Lock()
-		i.refused = serialOf(i.svid.Leaf())
-		i.mu.Unlock()
-		own = nil
+		if n+1 < len(proofs) {
+			i.log.Warn("the CA does not take this proof, and another one is shown", "error", err)
+		}
 	}
-	if given.certificate == nil {
-		given.certificate = own
-	}
-	came, err := i.ask(ctx, given)
-	return came, given, err
+	return came, with, err
 }
 
 // own is the SVID as a client certificate, nil when it proves nothing; and the sum of the proof that brought it.
@@ -278,7 +280,7 @@ func (i *identity) own() (*tls.Certificate, string) {
 	wall := i.wall()
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.svid == nil || i.svid.expired(wall) || i.refused == serialOf(i.svid.Leaf()) {
+	if i.svid == nil || i.svid.expired(wall) {
 		return nil, ""
 	}
 	return certificateOf(i.svid.handed), i.sum
@@ -346,6 +348,11 @@ func isRefusal(err error) bool {
 		return true
 	}
 	return errors.Is(err, istio.ErrUntrusted)
+}
+
+// isDenial says whether the CA does not take what it was shown.
+func isDenial(err error) bool {
+	return status.Code(err) == codes.Unauthenticated || status.Code(err) == codes.PermissionDenied
 }
 
 // staysWrong says whether asking again soon is of no use. What is no status is of this machine, or about an answer that is no good: a certificate that was issued for nothing.

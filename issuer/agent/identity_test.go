@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"kedge/ca/atomicfile"
 	"kedge/issuer/istio"
 	"kedge/issuer/sds"
 )
@@ -216,6 +217,75 @@ func TestATokenIsShownOnceAndTheSVIDProvesItsHolderAfterThat(t *testing.T) {
 			if got := calls[n].with; got.token != want.token || (got.certificate != nil) != want.svid {
 				t.Errorf("call %d showed the token %q, and an SVID: %t; it should have been %+v", n+1, got.token, got.certificate != nil, want)
 			}
+		}
+	})
+}
+
+// TestARefusalThatEndsDoesNotCostTheSVIDItsWord: the CA, or whoever was in its place, refused for a while, the join token is spent, and the SVID is still good.
+func TestARefusalThatEndsDoesNotCostTheSVIDItsWord(t *testing.T) {
+	for _, refusal := range []error{fmt.Errorf("%w: for a while", istio.ErrUntrusted), status.Error(codes.Unimplemented, "no"), status.Error(codes.Unauthenticated, "no")} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBench(t, time.Hour)
+			b.start(t)
+			b.ca.refusing(func(shown) error { return refusal })
+			pass(40 * time.Minute)
+			b.ca.refusing(func(with shown) error {
+				if with.certificate == nil {
+					return status.Error(codes.Unauthenticated, "the join token is spent")
+				}
+				return nil
+			})
+			pass(10 * time.Minute)
+			if svid := b.handed(); svid == nil || time.Until(svid.NotAfter) < 45*time.Minute {
+				t.Errorf("it was refused for a while (%v), and afterwards there is %+v", refusal, svid)
+			}
+		})
+	}
+}
+
+// TestATokenForAnotherIdentityIsShownAlone: beside an SVID it contradicts that, and the CA refuses both.
+func TestATokenForAnotherIdentityIsShownAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, time.Hour)
+		b.start(t)
+		write(t, b.token, "of another")
+		b.ca.refusing(func(with shown) error {
+			if with.certificate != nil && with.token != "" {
+				return status.Error(codes.PermissionDenied, "a call has one identity")
+			}
+			return nil
+		})
+		pass(35 * time.Minute)
+		calls := b.ca.asked()
+		if last := calls[len(calls)-1].with; len(calls) != 3 || last.token != "of another" || last.certificate != nil {
+			t.Errorf("after %d calls the last one showed the token %q, and an SVID: %t", len(calls), last.token, last.certificate != nil)
+		}
+	})
+}
+
+// TestAClientCertificateThatIsRefusedKeepsNoSVIDFromBeingRenewed: what was put into the folder since may be no good.
+func TestAClientCertificateThatIsRefusedKeepsNoSVIDFromBeingRenewed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, time.Hour)
+		b.start(t)
+		dir := t.TempDir()
+		b.w.TokenFile, b.w.ClientCertificate = "", dir
+		other, err := newAuthority(t, time.Hour).ask(t.Context(), shown{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := atomicfile.WriteSet(dir, other.Files()); err != nil {
+			t.Fatal(err)
+		}
+		b.ca.refusing(func(with shown) error {
+			if with.certificate != nil && with.certificate.Leaf.Equal(other.Leaf()) {
+				return status.Error(codes.Unauthenticated, "it is another CA's")
+			}
+			return nil
+		})
+		pass(35 * time.Minute)
+		if calls := b.ca.asked(); len(calls) != 3 || calls[2].with.certificate == nil {
+			t.Errorf("the CA was asked %d times", len(calls))
 		}
 	})
 }
