@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// consumers knows which trust bundle each consumer of an identity holds. Bundles are told apart by the order in which the agent took them: 1 is the first, 0 means
-// that it is not known.
+// consumers knows which trust bundle, or which SVID, each consumer of an identity holds. They are told apart by the order in which the agent took them: 1 is the first, 0
+// means that it is not known.
 type consumers struct {
 	grace time.Duration // for which one that went away counts as before
 
@@ -15,10 +15,10 @@ type consumers struct {
 	begun time.Time
 	live  map[*consumer]bool
 	gone  []departed
-	moved chan struct{} // closed when somebody holds another bundle, or comes, or goes
+	moved chan struct{} // closed when somebody holds another one, or comes, or goes
 }
 
-// consumer verifies with the trust bundle that it was given.
+// consumer verifies with the trust bundle that it was given, or shows the SVID.
 type consumer struct {
 	of   *consumers
 	held uint64
@@ -44,12 +44,12 @@ func (c *consumers) enter() *consumer {
 	return member
 }
 
-// holds notes that the consumer holds a bundle.
-func (m *consumer) holds(bundle uint64) {
+// holds notes what the consumer holds.
+func (m *consumer) holds(order uint64) {
 	m.of.mu.Lock()
 	defer m.of.mu.Unlock()
-	if m.held != bundle {
-		m.held = bundle
+	if m.held != order {
+		m.held = order
 		m.of.notify()
 	}
 }
@@ -64,24 +64,24 @@ func (m *consumer) leave() {
 	}
 	delete(c.live, m)
 	c.forget()
-	if i := slices.IndexFunc(c.gone, func(d departed) bool { return d.held == m.held }); i >= 0 { // those of one bundle are one: however many come and go
+	if i := slices.IndexFunc(c.gone, func(d departed) bool { return d.held == m.held }); i >= 0 { // those that held the same are one: however many come and go
 		c.gone = slices.Delete(c.gone, i, i+1)
 	}
 	c.gone = append(c.gone, departed{m.held, time.Now().Add(c.grace)})
 	c.notify()
 }
 
-// oldest is the oldest bundle among all consumers; latest if there are none. It may be another when moved is closed, or after again, unless that is 0.
-func (c *consumers) oldest(latest uint64) (bundle uint64, moved <-chan struct{}, again time.Duration) {
+// oldest is the oldest that any consumer holds; latest if there are none. It may be another when moved is closed, or after again, unless that is 0.
+func (c *consumers) oldest(latest uint64) (order uint64, moved <-chan struct{}, again time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.forget()
-	bundle = latest
+	order = latest
 	for member := range c.live {
-		bundle = min(bundle, member.held)
+		order = min(order, member.held)
 	}
 	counts := func(held uint64, until time.Time) {
-		bundle = min(bundle, held)
+		order = min(order, held)
 		if left := time.Until(until); again == 0 || left < again {
 			again = max(left, 1)
 		}
@@ -92,7 +92,7 @@ func (c *consumers) oldest(latest uint64) (bundle uint64, moved <-chan struct{},
 	if until := c.begun.Add(c.grace); time.Now().Before(until) {
 		counts(0, until)
 	}
-	return bundle, c.moved, again
+	return order, c.moved, again
 }
 
 // count is how many consumers there are.

@@ -137,11 +137,23 @@ func TestFilesCountOnceProgramsHadTimeToReadThem(t *testing.T) {
 		oldest(2, 1)
 		pass(2 * time.Minute)
 		oldest(2, 2)
-		pass(30 * time.Minute) // a renewal brings no other bundle
-		oldest(2, 2)
-		if len(b.ca.asked()) < 2 {
-			t.Error("there was no renewal")
+		first := b.svid.order
+		if got, _, _ := b.holders.oldest(first); got != first {
+			t.Error("the first SVID is there for long, and counts as unread")
 		}
+		for len(b.ca.asked()) < 2 { // a renewal brings no other bundle
+			pass(time.Minute)
+		}
+		oldest(2, 2)
+		pass(3 * time.Minute)
+		if got, _, _ := b.holders.oldest(first + 1); got != first {
+			t.Error("the next SVID counts as read too early")
+		}
+		pass(2 * time.Minute)
+		if got, _, _ := b.holders.oldest(first + 1); got != first+1 {
+			t.Error("the next SVID counts as unread")
+		}
+		oldest(2, 2)
 	})
 }
 

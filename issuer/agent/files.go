@@ -12,12 +12,13 @@ import (
 // keepFiles writes the SVID's files whenever it or the trust bundle has changed. Whoever reads them counts as one consumer, which holds a trust bundle once it has
 // stood there for as long as programs take to read it. Files of an SVID that has expired stay as they are.
 func (i *identity) keepFiles(ctx context.Context) {
-	readers := i.consumers.enter()
+	readers, holders := i.consumers.enter(), i.holders.enter()
 	defer readers.leave()
+	defer holders.leave()
 	var wait backoff
 	var written sds.Materials
-	var read <-chan time.Time // when the bundle that was written has been read
-	var reading uint64        // which one that is
+	var bundleRead, svidRead <-chan time.Time // when what was written has been read
+	var bundle, svid uint64                   // which ones these are
 	for {
 		now, changed := i.materials()
 		var again <-chan time.Time
@@ -29,8 +30,11 @@ func (i *identity) keepFiles(ctx context.Context) {
 				again = time.After(wait.failed(firstRetry, longestRetry))
 			} else {
 				wait.reset()
-				if order := i.orderOf(now.Bundles[0]); order != reading {
-					read, reading = time.After(i.w.Files.RereadAfter), order
+				if order := i.orderOf(now.Bundles[0]); order != bundle {
+					bundleRead, bundle = time.After(i.w.Files.RereadAfter), order
+				}
+				if order := i.orderOfSVID(now.SVID); order != svid {
+					svidRead, svid = time.After(i.w.Files.RereadAfter), order
 				}
 				written = *now
 			}
@@ -39,9 +43,12 @@ func (i *identity) keepFiles(ctx context.Context) {
 		select {
 		case <-changed:
 		case <-again:
-		case <-read:
-			readers.holds(reading)
-			read = nil
+		case <-bundleRead:
+			readers.holds(bundle)
+			bundleRead = nil
+		case <-svidRead:
+			holders.holds(svid)
+			svidRead = nil
 		case <-ctx.Done():
 			return
 		}
@@ -58,6 +65,16 @@ func (i *identity) writeFiles(m *sds.Materials) error {
 	}
 	svid.BundlePEM = m.Bundles[0].PEM
 	return atomicfile.WriteSetFor(i.w.Files.Access, i.w.Files.Dir, svid.Files())
+}
+
+// orderOfSVID says when an SVID came; 0: there is a newer one.
+func (i *identity) orderOfSVID(s *sds.SVID) uint64 {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.svid == nil || i.svid.handed != s {
+		return 0
+	}
+	return i.svid.order
 }
 
 // orderOf says when a bundle was taken; 0: it is not known any more.

@@ -48,13 +48,15 @@ type identity struct {
 	log *slog.Logger
 	ask func(ctx context.Context, with shown) (*answer, error) // the CA for an SVID
 
-	consumers   *consumers
+	consumers   *consumers  // of the trust bundle
+	holders     *consumers  // of the SVID
 	remembering sync.Mutex  // held while the state is written
 	alone       atomic.Bool // it was said that the CA has no SDS
 
 	mu       sync.Mutex
 	svid     *held // the latest; it may have expired
 	bundle   *bundle
+	recalled *sds.SVID              // of an earlier run; nil: there was none
 	known    map[*sds.Bundle]uint64 // the latest bundles, by the order in which they were taken
 	follows  bool                   // the CA's server may also prove itself under the trust bundle: see serverRoots
 	sum      string                 // of the proof that brought the SVID, or one before it: it is not shown again
@@ -71,7 +73,9 @@ type identity struct {
 // held is an SVID with when it is due.
 type held struct {
 	*istio.SVID
-	handed *sds.SVID
+	handed  *sds.SVID
+	order   uint64 // in which the agent took them; 1 is the first
+	arrived bool   // the CA knows that it has arrived
 
 	RenewAt  time.Time     // by the wall clock
 	received time.Time     // by the time that has passed
@@ -93,8 +97,9 @@ type answer struct {
 }
 
 func newIdentity(o *Options, w Workload) *identity {
-	i := &identity{o: o, w: w, log: o.Logger.With("workload", w.Name), consumers: newConsumers(o.Grace), known: map[*sds.Bundle]uint64{}, faults: map[string]error{},
+	i := &identity{o: o, w: w, log: o.Logger.With("workload", w.Name), consumers: newConsumers(o.Grace), holders: newConsumers(o.Grace), known: map[*sds.Bundle]uint64{}, faults: map[string]error{},
 		now: &sds.Materials{}, changed: make(chan struct{})}
+	i.holders.begun = time.Time{} // what others have of an earlier run counts by itself, unless recall goes on with it
 	i.ask = i.askCA
 	return i
 }
@@ -216,6 +221,10 @@ func (i *identity) renew(ctx context.Context) error {
 	before := i.svid
 	i.issued++
 	i.svid = &held{SVID: came.SVID, handed: &sds.SVID{ID: came.ID, Chain: came.Certificates, Key: came.Key, NotBefore: came.Leaf().NotBefore, NotAfter: came.Leaf().NotAfter}}
+	i.svid.order = 1
+	if before != nil {
+		i.svid.order = before.order + 1
+	}
 	i.svid.schedule(wall)
 	if with.sum != "" {
 		i.sum = with.sum

@@ -73,7 +73,7 @@ func TestAClockThatJumpsCausesNoLoop(t *testing.T) {
 				// Once the clock is right again, so is everything else.
 				b.jump(-c.jump)
 				pass(6 * time.Minute)
-				if svid := b.handed(); svid == nil || time.Until(svid.NotAfter) < 11*time.Hour {
+				if svid := b.handed(); svid == nil || time.Until(svid.NotAfter) < 10*time.Hour {
 					t.Errorf("the clock is right again, and what is handed out is %+v", svid)
 				}
 				before := len(b.ca.asked())

@@ -35,8 +35,8 @@ type acknowledged struct {
 // errReplaced: the stream's SVID has a successor, with which it is opened anew; errHeldBack: see holdBack.
 var errReplaced, errHeldBack = errors.New("the SVID was replaced"), errors.New("consumers do not have the trust bundle yet")
 
-// report keeps a stream to the CA's SDS for as long as there is an SVID to open it with. That it is opened with the SVID shows the CA that the SVID has arrived; new trust bundles come
-// by it; and one is acknowledged on it once every consumer has it. A CA without SDS is asked again with the next SVID: until then bundles come with the SVIDs alone.
+// report keeps a stream to the CA's SDS for as long as there is an SVID to open it with. That it is opened with an SVID shows the CA that the SVID has arrived, so that the one before
+// it counts no more: it is opened with the new one once every consumer has that. New trust bundles come by it; and one is acknowledged on it once every consumer has it. A CA without SDS is asked again with the next SVID: until then bundles come with the SVIDs alone.
 func (i *identity) report(ctx context.Context) {
 	var wait backoff
 	var has acknowledged
@@ -48,17 +48,17 @@ func (i *identity) report(ctx context.Context) {
 		}
 	}
 	defer hangUp()
+	var svid *sds.SVID // of the latest stream
 	for ctx.Err() == nil {
-		now, changed := i.materials()
 		var again <-chan time.Time
-		if now.SVID != nil {
+		if svid, _, _, _ = i.presentable(svid); svid != nil {
 			var lived bool
 			var err error
 			if client == nil {
-				client, err = i.connect(now.SVID)
+				client, err = i.connect(svid)
 			}
 			if err == nil {
-				lived, err = i.stream(ctx, client, now.SVID, &has, holdBack*3/4+rand.N(holdBack/4))
+				lived, err = i.stream(ctx, client, svid, &has, holdBack*3/4+rand.N(holdBack/4))
 			}
 			if lived {
 				wait.reset()
@@ -84,11 +84,70 @@ func (i *identity) report(ctx context.Context) {
 				}
 			}
 		}
+		i.awaitOther(ctx, svid, again)
+	}
+}
+
+// presentable is the SVID to open the next stream with, when the latest was opened with the SVID before, or none was; nil: there is none. It may be another when one of
+// the channels is closed, or after again, unless that is 0.
+func (i *identity) presentable(before *sds.SVID) (svid *sds.SVID, changed, moved <-chan struct{}, again time.Duration) {
+	now, changed := i.materials()
+	if now.SVID == nil || now.SVID == before {
+		return now.SVID, changed, nil, 0
+	}
+	i.mu.Lock()
+	first := before == nil && (i.recalled != now.SVID || i.svid.arrived) // none before it counts no more
+	i.mu.Unlock()
+	wall := i.wall()
+	if first || before != nil && !wall.Before(before.NotAfter) {
+		return now.SVID, changed, nil, 0
+	}
+	order := i.orderOfSVID(now.SVID)
+	oldest, moved, again := i.holders.oldest(order)
+	if order > 0 && oldest >= order {
+		return now.SVID, changed, nil, 0
+	}
+	if before != nil {
+		if left := before.NotAfter.Sub(wall); again == 0 || left < again {
+			again = left
+		}
+	}
+	return before, changed, moved, again
+}
+
+// awaitOther waits until a stream would be opened with another SVID, or none, which it says, or until something else happens.
+func (i *identity) awaitOther(ctx context.Context, svid *sds.SVID, or <-chan time.Time) bool {
+	for {
+		next, changed, moved, again := i.presentable(svid)
+		if next != svid {
+			return true
+		}
+		var later <-chan time.Time
+		if again > 0 {
+			later = time.After(again)
+		}
 		select {
 		case <-changed:
-		case <-again:
+		case <-moved:
+		case <-later:
+		case <-or:
+			return false
 		case <-ctx.Done():
+			return false
 		}
+	}
+}
+
+// hasArrived notes that the CA knows of an SVID.
+func (i *identity) hasArrived(svid *sds.SVID) {
+	i.mu.Lock()
+	news := i.svid.handed == svid && !i.svid.arrived
+	if news {
+		i.svid.arrived = true
+	}
+	i.mu.Unlock()
+	if news {
+		i.remember()
 	}
 }
 
@@ -105,7 +164,11 @@ func (i *identity) connect(svid *sds.SVID) (*istio.Client, error) {
 func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.SVID, has *acknowledged, holdBack time.Duration) (lived bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	go i.awaitOther(ctx, svid, func() { cancel(errReplaced) })
+	go func() {
+		if i.awaitOther(ctx, svid, nil) {
+			cancel(errReplaced)
+		}
+	}()
 	failed := func(err error) error {
 		if cause := context.Cause(ctx); cause != nil {
 			return cause
@@ -169,6 +232,7 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 		case response := <-responses:
 			lived = true
 			i.note("stream to the CA", nil)
+			i.hasArrived(svid)
 			news, err := i.hear(response)
 			if err != nil {
 				i.log.Error("a trust bundle from the CA is not taken", "error", err)
@@ -182,6 +246,7 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 		case <-opened.C:
 			lived = true
 			i.note("stream to the CA", nil)
+			i.hasArrived(svid)
 		case <-moved:
 		case <-again:
 			if time.Since(since) >= holdBack {
@@ -191,22 +256,6 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 			return lived, failed(err)
 		case <-ctx.Done():
 			return lived, failed(ctx.Err())
-		}
-	}
-}
-
-// awaitOther waits until the doors have another SVID to hand out, or none.
-func (i *identity) awaitOther(ctx context.Context, svid *sds.SVID, then func()) {
-	for {
-		now, changed := i.materials()
-		if now.SVID != svid {
-			then()
-			return
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -221,6 +222,60 @@ func TestTheCAHearsOfABundleOnceEveryConsumerHasIt(t *testing.T) {
 	}
 	d.await(t, "a stream is opened with the next SVID", func() bool { return d.serial[serialOf(b.svid.Leaf())] })
 	d.await(t, "that says of the bundle that it has it", func() bool { return slices.Equal(d.took, []uint64{1, 2, 2}) })
+}
+
+// TestTheCAHearsOfANewSVIDOnceEveryConsumerHasIt: the one before it counts no more from then on, and the CA may take away what that needs.
+func TestTheCAHearsOfANewSVIDOnceEveryConsumerHasIt(t *testing.T) {
+	b := issuedBench(t)
+	d := openDesk(t, b)
+	stream, _ := b.Open(t.Context())
+	stream.Want(sds.Wants{SVID: true, Bundle: true})
+	m, _ := b.materials()
+	b.reportAlong(t)
+	d.await(t, "a stream is opened with the first SVID, before anybody has it", func() bool { return d.serial[serialOf(m.SVID.Chain[0])] })
+	stream.Answered(sds.Answer{SVID: m.SVID, Bundle: m.Bundles[0]})
+	d.await(t, "the first bundle is acknowledged", func() bool { return slices.Equal(d.took, []uint64{1}) })
+	if err := b.renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	next := b.handed()
+	d.put(t, b.ca.bundle()+another(t))
+	stream.Answered(sds.Answer{Bundle: awaitBundle(t, b.identity, 2).Bundles[0]})
+	d.await(t, "the second bundle is acknowledged meanwhile", func() bool { return slices.Equal(d.took, []uint64{1, 2}) })
+	d.mu.Lock()
+	if d.serial[serialOf(next.Chain[0])] {
+		t.Error("a consumer has the SVID of before, and the CA was shown the new one")
+	}
+	d.mu.Unlock()
+	stream.Answered(sds.Answer{SVID: next})
+	d.await(t, "a stream is opened with the new SVID", func() bool { return d.serial[serialOf(next.Chain[0])] })
+}
+
+// TestAnSVIDThatAConsumerDoesNotTakeIsShownToTheCAOnceTheOneBeforeHasExpired: nobody has any use for that then, and no stream can be opened with it.
+func TestAnSVIDThatAConsumerDoesNotTakeIsShownToTheCAOnceTheOneBeforeHasExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, time.Hour)
+		b.start(t)
+		first := b.handed()
+		stream, _ := b.Open(t.Context())
+		stream.Want(sds.Wants{SVID: true})
+		stream.Answered(sds.Answer{SVID: first})
+		pass(2 * time.Minute)
+		awaited := make(chan struct{})
+		go func() {
+			b.awaitOther(t.Context(), first, nil)
+			close(awaited)
+		}()
+		pass(50 * time.Minute)
+		if svid, _, _, _ := b.presentable(first); svid != first || b.handed() == first {
+			t.Error("the next SVID is shown though a consumer has the one before, or there is none")
+		}
+		pass(9 * time.Minute)
+		if svid, _, _, _ := b.presentable(first); svid == first || svid != b.handed() {
+			t.Error("the SVID of before has expired, and the next one is not shown")
+		}
+		<-awaited
+	})
 }
 
 // TestAStreamOnWhichAConsumerIsWaitedForIsOpenedAnewBeforeTheCAEndsIt: until then the CA sends nothing newer.

@@ -19,6 +19,7 @@ type source struct {
 
 	mu       sync.Mutex
 	consumer *consumer // nil: the stream wants no trust bundle
+	holder   *consumer // nil: the stream wants no SVID
 	closed   bool
 }
 
@@ -45,14 +46,20 @@ func (s *source) Want(wants sds.Wants) {
 	if wants.Bundle && s.consumer == nil && !s.closed {
 		s.consumer = s.i.consumers.enter()
 	}
+	if wants.SVID && s.holder == nil && !s.closed {
+		s.holder = s.i.holders.enter()
+	}
 }
 
-// Answered notes which trust bundle the client has. One that it refuses is not held, so that the CA hears nothing of it.
+// Answered notes which trust bundle the client has, and which SVID. One that it refuses is not held, so that the CA hears nothing of it.
 func (s *source) Answered(a sds.Answer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if a.Reason == "" && a.Bundle != nil && s.consumer != nil {
 		s.consumer.holds(s.i.orderOf(a.Bundle))
+	}
+	if a.Reason == "" && a.SVID != nil && s.holder != nil {
+		s.holder.holds(s.i.orderOfSVID(a.SVID))
 	}
 }
 
@@ -68,6 +75,9 @@ func (s *source) Close() {
 	s.closed = true
 	if s.consumer != nil {
 		s.consumer.leave()
+	}
+	if s.holder != nil {
+		s.holder.leave()
 	}
 }
 

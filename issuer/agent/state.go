@@ -28,6 +28,7 @@ type kept struct {
 	Incarnation string    `json:"incarnation"` // … and its number
 	Sequence    uint64    `json:"sequence"`
 	RenewAt     time.Time `json:"renew_at"`
+	Arrived     bool      `json:"arrived"` // see held
 	Proof       string    `json:"proof"`   // SHA-256 of the proof that was shown
 	Follows     bool      `json:"follows"` // see serverRoots
 }
@@ -76,7 +77,7 @@ func (i *identity) remember() {
 		return
 	}
 	state := kept{Server: i.o.Server, Key: i.svid.KeyPEM, Chain: i.svid.ChainPEM, Bundle: i.bundle.PEM, Incarnation: i.bundle.Incarnation, Sequence: i.bundle.Sequence,
-		RenewAt: i.svid.RenewAt, Proof: i.sum, Follows: i.follows}
+		RenewAt: i.svid.RenewAt, Arrived: i.svid.arrived, Proof: i.sum, Follows: i.follows}
 	i.mu.Unlock()
 	text, err := json.Marshal(state)
 	if err == nil {
@@ -122,7 +123,8 @@ func (i *identity) recall() error {
 	i.known[i.bundle.Bundle] = i.bundle.order
 	i.sum, i.follows = state.Proof, state.Follows
 	i.svid = &held{SVID: svid, handed: &sds.SVID{ID: svid.ID, Chain: svid.Certificates, Key: svid.Key, NotBefore: svid.Leaf().NotBefore, NotAfter: svid.Leaf().NotAfter},
-		RenewAt: state.RenewAt, received: time.Now()}
+		order: 1, arrived: state.Arrived, RenewAt: state.RenewAt, received: time.Now()}
+	i.recalled, i.holders.begun = i.svid.handed, time.Now()
 	half := svid.Leaf().NotAfter.Sub(svid.Leaf().NotBefore) / 2
 	i.svid.renew = max(0, min(half, state.RenewAt.Sub(wall))) // the clock may have been set back
 	i.mu.Unlock()

@@ -84,6 +84,17 @@ func TestARestartNeedsNoNewSVID(t *testing.T) {
 		}
 		b.identity = again
 		after, _ := b.materials()
+		if svid, _, _, _ := b.presentable(nil); svid != nil {
+			t.Error("a consumer may have the SVID before, and the CA is shown this one")
+		}
+		b.hasArrived(after.SVID)
+		if svid, _, _, _ := b.presentable(nil); svid != after.SVID {
+			t.Error("the CA has seen the SVID, and is not shown it again")
+		}
+		once := newIdentity(b.o, b.w)
+		if err := once.recall(); err != nil || !once.svid.arrived {
+			t.Errorf("that is forgotten at the next start (%v)", err)
+		}
 		if after.SVID == nil || !after.SVID.Chain[0].Equal(before.SVID.Chain[0]) || after.Bundles[0].PEM != before.Bundles[0].PEM || after.Bundles[0].Sequence != before.Bundles[0].Sequence {
 			t.Errorf("what is handed out after the restart is %+v", after)
 		}
