@@ -52,15 +52,15 @@ func (i *identity) report(ctx context.Context) {
 	for ctx.Err() == nil {
 		var again <-chan time.Time
 		if svid, _, _, _ = i.presentable(svid); svid != nil {
-			var lived bool
+			var lasted bool
 			var err error
 			if client == nil {
 				client, err = i.connect(svid)
 			}
 			if err == nil {
-				lived, err = i.stream(ctx, client, svid, &has, holdBack*3/4+rand.N(holdBack/4))
+				lasted, err = i.stream(ctx, client, svid, &has, holdBack*3/4+rand.N(holdBack/4))
 			}
-			if lived {
+			if lasted {
 				wait.reset()
 			}
 			if !errors.Is(err, errHeldBack) { // the next connection is made with the roots and the SVID of then
@@ -78,7 +78,7 @@ func (i *identity) report(ctx context.Context) {
 			default:
 				pause := wait.failed(firstRetry, longestRetry)
 				again = time.After(pause)
-				if !lived { // else it is the way of streams to end, when the CA restarts or the connection is old
+				if !lasted { // else it is the way of streams to end, when the CA restarts or the connection is old
 					i.note("stream to the CA", fmt.Errorf("new trust bundles come with new SVIDs only, and the CA is not told which of them workloads have: %w", err))
 					i.log.Warn("there is no stream to the CA for trust bundles", "error", err, "server", i.o.Server, "again_in", pause.Round(time.Millisecond).String())
 				}
@@ -160,8 +160,11 @@ func (i *identity) connect(svid *sds.SVID) (*istio.Client, error) {
 	return istio.Dial(i.o.Server, roots, certificateOf(svid))
 }
 
-// stream is one stream, until it ends. lived says whether it came to anything.
-func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.SVID, has *acknowledged, holdBack time.Duration) (lived bool, err error) {
+// lasting is how long a stream has been there that the CA takes: it may have nothing to say, or take its time to refuse.
+const lasting = 30 * time.Second
+
+// stream is one stream, until it ends. lasted says whether it was there for long: the next one need not be put off.
+func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.SVID, has *acknowledged, holdBack time.Duration) (lasted bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() {
@@ -205,8 +208,8 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 	var open *discovery.DeltaDiscoveryResponse // not answered yet
 	var brought acknowledged                   // what it brought
 	var since time.Time
-	opened := time.NewTimer(firstRetry) // a CA that has nothing to say takes the stream nevertheless
-	defer opened.Stop()
+	lasts := time.NewTimer(lasting)
+	defer lasts.Stop()
 	for {
 		var moved <-chan struct{}
 		var again <-chan time.Time
@@ -230,7 +233,6 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 		}
 		select {
 		case response := <-responses:
-			lived = true
 			i.note("stream to the CA", nil)
 			i.hasArrived(svid)
 			news, err := i.hear(response)
@@ -243,8 +245,8 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 				continue
 			}
 			open, brought, since = response, news, time.Now()
-		case <-opened.C:
-			lived = true
+		case <-lasts.C:
+			lasted = true
 			i.note("stream to the CA", nil)
 			i.hasArrived(svid)
 		case <-moved:
@@ -253,9 +255,9 @@ func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.S
 				return true, errHeldBack
 			}
 		case err := <-ended:
-			return lived, failed(err)
+			return lasted, failed(err)
 		case <-ctx.Done():
-			return lived, failed(ctx.Err())
+			return lasted, failed(ctx.Err())
 		}
 	}
 }

@@ -17,8 +17,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"kedge/issuer/istio"
 	"kedge/issuer/sds"
@@ -290,7 +292,7 @@ func TestAStreamOnWhichAConsumerIsWaitedForIsOpenedAnewBeforeTheCAEndsIt(t *test
 		t.Fatal(err)
 	}
 	defer client.Close()
-	if lived, err := b.stream(t.Context(), client, b.handed(), &has, time.Millisecond); !lived || err != errHeldBack {
+	if lasted, err := b.stream(t.Context(), client, b.handed(), &has, time.Millisecond); !lasted || err != errHeldBack {
 		t.Errorf("the stream ended with %v", err)
 	}
 	d.put(t, b.ca.bundle()+another(t))
@@ -300,6 +302,31 @@ func TestAStreamOnWhichAConsumerIsWaitedForIsOpenedAnewBeforeTheCAEndsIt(t *test
 	consumer.Answered(sds.Answer{Bundle: awaitBundle(t, b.identity, 2).Bundles[0]})
 	b.reportAlong(t)
 	d.await(t, "it is acknowledged on the next stream", func() bool { return slices.Equal(d.took, []uint64{2}) })
+}
+
+// slow is an SDS that takes its time, and then refuses.
+type slow struct{}
+
+func (s slow) Open(ctx context.Context) (sds.Source, error) {
+	select {
+	case <-time.After(2 * firstRetry):
+	case <-ctx.Done():
+	}
+	return nil, status.Error(codes.Unauthenticated, "not you")
+}
+
+// TestACAThatTakesItsTimeToRefuseAStreamIsAProblem, and is asked more and more seldom.
+func TestACAThatTakesItsTimeToRefuseAStreamIsAProblem(t *testing.T) {
+	b := issuedBench(t)
+	openDesk(t, b, func(server *grpc.Server) { sds.New(sds.Options{Opener: slow{}}).Register(server) })
+	client, err := b.connect(b.handed())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if lasted, err := b.stream(t.Context(), client, b.handed(), &acknowledged{}, time.Hour); lasted || status.Code(err) != codes.Unauthenticated || b.svid.arrived {
+		t.Errorf("the stream lasted: %t, the CA knows of the SVID: %t; it ended with %v", lasted, b.svid.arrived, err)
+	}
 }
 
 // TestABundleThatIsNoneIsRefused, with a reason, and the next one is taken.
