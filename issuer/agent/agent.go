@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -58,6 +59,7 @@ type Agent struct {
 	o          Options
 	identities []*identity
 	doors      []*door
+	state      *os.File // the state folder, locked; nil: there is none
 }
 
 // New opens the sockets, and takes up what an earlier run kept. The CA is asked for nothing yet.
@@ -67,9 +69,11 @@ func New(o Options) (*Agent, error) {
 	}
 	a := &Agent{o: o}
 	if o.State != "" {
-		if err := prepareState(o.State); err != nil {
+		folder, err := openState(o.State)
+		if err != nil {
 			return nil, err
 		}
+		a.state = folder
 	}
 	for _, w := range o.Workloads {
 		i := newIdentity(&a.o, w)
@@ -111,8 +115,9 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 	}
 	<-ctx.Done()
+	a.closeDoors()
+	running.Wait() // nothing is written to the state folder after that
 	a.Close()
-	running.Wait()
 	if told.Err() != nil {
 		return nil
 	}
@@ -138,8 +143,15 @@ func (a *Agent) Problems() []ca.Problem {
 	return all
 }
 
-// Close closes the sockets of an agent. Run does so at its end.
+// Close closes the sockets of an agent, and gives its state folder back. Run does so at its end.
 func (a *Agent) Close() {
+	a.closeDoors()
+	if a.state != nil {
+		_ = a.state.Close() // a second time, if Run did
+	}
+}
+
+func (a *Agent) closeDoors() {
 	var closing sync.WaitGroup
 	for _, d := range a.doors {
 		closing.Go(d.close)

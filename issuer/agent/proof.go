@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"kedge/ca/atomicfile"
 	"kedge/issuer/istio"
@@ -23,6 +24,18 @@ type shown struct {
 	token       string
 	certificate *tls.Certificate
 	sum         string // SHA-256 of what was given, in hex; "": only what the agent has itself is shown
+}
+
+// place is where what was given stands.
+func (p proof) place() string {
+	kind, path := "the token in ", p.tokenFile
+	if path == "" {
+		kind, path = "the client certificate in ", p.certificate
+	}
+	if absolute, err := filepath.Abs(path); err == nil { // else the working folder is gone
+		path = absolute
+	}
+	return kind + path
 }
 
 func (p proof) read() (shown, error) {

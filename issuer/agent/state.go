@@ -22,6 +22,7 @@ import (
 // kept is what is kept of an identity over a restart of the agent.
 type kept struct {
 	Server      string    `json:"server"` // the CA's address: of another one nothing counts
+	Given       string    `json:"given"`  // the file or folder with what an admin gave to prove the identity by: of another one nothing counts
 	Key         string    `json:"key"`    // PKCS#8 in PEM, as the others
 	Chain       string    `json:"chain"`
 	Bundle      string    `json:"bundle"`      // the trust bundle of now …
@@ -31,6 +32,25 @@ type kept struct {
 	Arrived     bool      `json:"arrived"` // see held
 	Proof       string    `json:"proof"`   // SHA-256 of the proof that was shown
 	Follows     bool      `json:"follows"` // see serverRoots
+}
+
+// openState makes the state folder, and takes it for this agent, until the file is closed.
+func openState(dir string) (*os.File, error) {
+	if err := prepareState(dir); err != nil {
+		return nil, err
+	}
+	folder, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("opening the state folder: %w", err)
+	}
+	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		err = fmt.Errorf("locking the state folder %s: %w", dir, err)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = fmt.Errorf("another agent has its state in %s: stop that, or name another folder", dir)
+		}
+		return nil, errors.Join(err, folder.Close())
+	}
+	return folder, nil
 }
 
 // prepareState makes the state folder, and makes sure that it is in memory and this user's alone: a key that is written to a disk can be read from it years later.
@@ -76,7 +96,7 @@ func (i *identity) remember() {
 		i.mu.Unlock()
 		return
 	}
-	state := kept{Server: i.o.Server, Key: i.svid.KeyPEM, Chain: i.svid.ChainPEM, Bundle: i.bundle.PEM, Incarnation: i.bundle.Incarnation, Sequence: i.bundle.Sequence,
+	state := kept{Server: i.o.Server, Given: i.proof().place(), Key: i.svid.KeyPEM, Chain: i.svid.ChainPEM, Bundle: i.bundle.PEM, Incarnation: i.bundle.Incarnation, Sequence: i.bundle.Sequence,
 		RenewAt: i.svid.RenewAt, Arrived: i.svid.arrived, Proof: i.sum, Follows: i.follows}
 	i.mu.Unlock()
 	text, err := json.Marshal(state)
@@ -111,6 +131,9 @@ func (i *identity) recall() error {
 	}
 	if state.Server != i.o.Server {
 		return fmt.Errorf("%s is of the CA at %s", i.stateFile(), state.Server)
+	}
+	if state.Given != i.proof().place() {
+		return fmt.Errorf("%s is of a workload that proves itself by %s", i.stateFile(), state.Given)
 	}
 	svid, err := state.svid()
 	if err != nil {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -108,6 +109,47 @@ func TestARestartNeedsNoNewSVID(t *testing.T) {
 			t.Errorf("when the renewal was due the CA was asked: %+v", calls[1:])
 		}
 	})
+}
+
+// TestAWorkloadDoesNotTakeUpTheIdentityOfAnother that had its name before: by flags every workload has the same one.
+func TestAWorkloadDoesNotTakeUpTheIdentityOfAnother(t *testing.T) {
+	dir := inMemory(t)
+	if dir == "" {
+		return
+	}
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, time.Hour)
+		b.o.State = dir
+		b.start(t)()
+		for _, w := range []Workload{{Name: "web", TokenFile: filepath.Join(t.TempDir(), "token")}, {Name: "web", ClientCertificate: b.w.TokenFile}} {
+			other := newIdentity(b.o, w)
+			if err := other.recall(); err == nil || other.handed() != nil || other.bundle != nil {
+				t.Errorf("%+v goes on with %+v (%v)", w, other.handed(), err)
+			}
+		}
+	})
+}
+
+// TestAStateFolderIsOneAgentsOnly: two would each overwrite what the other kept.
+func TestAStateFolderIsOneAgentsOnly(t *testing.T) {
+	dir := inMemory(t)
+	if dir == "" {
+		return
+	}
+	o := Options{State: dir, Logger: slog.New(slog.DiscardHandler)}
+	one, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(o); err == nil || !strings.Contains(err.Error(), dir) || !strings.Contains(err.Error(), "another agent") {
+		t.Errorf("a second agent: %v", err)
+	}
+	one.Close()
+	two, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	two.Close()
 }
 
 // TestWhatIsKeptIsUsedOnlyAsFarAsItGoes: of an SVID that has expired the trust bundle is left, and of another CA nothing.

@@ -13,7 +13,7 @@ type Agent struct {
 	KeyType string `yaml:"keyType"`
 	// How long an SVID shall be valid. The CA may grant less. It is renewed at half of its life. 0s: the CA's default.
 	TTL Duration `yaml:"ttl"`
-	// Folder (0700) in memory, on a tmpfs or ramfs, in which keys, SVIDs and trust bundles are kept, so that a restart of the agent needs no new ones. A folder on a disk is refused.
+	// Folder (0700) in memory, on a tmpfs or ramfs, in which keys, SVIDs and trust bundles are kept, so that a restart of the agent needs no new ones. A folder on a disk, or of another agent that runs, is refused.
 	// "": nowhere, so that a restart has every SVID issued anew.
 	State string `yaml:"state" kind:"path"`
 	// For how long a program that went away counts as one that holds the trust bundle it had, since it may come back; and how long after its start the agent tells the CA of none,
