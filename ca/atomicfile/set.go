@@ -47,22 +47,22 @@ var Private = Access{Mode: 0o600, Group: -1}
 func (a Access) folder() fs.FileMode { return 0o700 | a.Mode&0o055 | a.Mode&0o044>>2 }
 
 // grant gives a file or folder, which is this user's, its mode and group.
-func (a Access) grant(path string, mode fs.FileMode) error {
+func (a Access) grant(file *os.File, mode fs.FileMode) error {
 	if a == Private {
 		return nil
 	}
 	if a.Group >= 0 {
-		if err := os.Chown(path, -1, a.Group); err != nil {
+		if err := file.Chown(-1, a.Group); err != nil {
 			return err
 		}
 	}
-	return os.Chmod(path, mode) // after chown, which may drop bits
+	return file.Chmod(mode) // after chown, which may drop bits
 }
 
 // admit lets those who may read the files enter the folder that they are in, which may be somebody else's.
-func (a Access) admit(dir string) error {
+func (a Access) admit(dir *os.File) error {
 	var before unix.Stat_t
-	if err := unix.Stat(dir, &before); err != nil || a == Private {
+	if err := unix.Fstat(int(dir.Fd()), &before); err != nil || a == Private {
 		return err
 	}
 	mode := fs.FileMode(before.Mode) & fs.ModePerm
@@ -90,7 +90,7 @@ func WriteSetFor(access Access, dir string, files map[string][]byte) (err error)
 	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("waiting for its other writers: flock: %w", err)
 	}
-	if err := access.admit(dir); err != nil {
+	if err := access.admit(folder); err != nil {
 		return fmt.Errorf("letting others in: %w", err)
 	}
 	s := &set{dir: dir, folder: folder, files: files, access: access}
@@ -237,23 +237,35 @@ func (s *set) show(files map[string][]byte) error {
 	return s.folder.Sync()
 }
 
+// fillFolder writes the files of a version. Their readers may be the folder's owner, and may have put a link in the version's place: none leads out of the folder.
 func (s *set) fillFolder(dir string, files map[string][]byte) error {
+	all, err := os.OpenRoot(s.dir)
+	if err != nil {
+		return err
+	}
+	defer all.Close()
+	one, err := all.OpenRoot(filepath.Base(dir))
+	if err != nil {
+		return err
+	}
+	defer one.Close()
 	for name, data := range files {
-		file, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		file, err := one.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
 			return err
+		}
+		if err := s.access.grant(file, s.access.Mode); err != nil {
+			return errors.Join(err, file.Close())
 		}
 		if err := fill(file, data); err != nil {
 			return err
 		}
-		if err := s.access.grant(file.Name(), s.access.Mode); err != nil {
-			return err
-		}
 	}
-	if err := s.access.grant(dir, s.access.folder()); err != nil {
+	itself, err := one.Open(".")
+	if err != nil {
 		return err
 	}
-	return SyncFolder(dir)
+	return errors.Join(s.access.grant(itself, s.access.folder()), itself.Sync(), itself.Close())
 }
 
 // point makes name a link to target, whatever it was before.

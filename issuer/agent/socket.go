@@ -151,14 +151,26 @@ func listen(s Socket, log *slog.Logger) (*listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the socket %s: %w", s.Path, err)
 	}
-	if s.Access.Group >= 0 {
-		err = os.Chown(s.Path, -1, s.Access.Group)
-	}
-	if err = errors.Join(err, os.Chmod(s.Path, s.Access.Mode)); err != nil {
+	if err := grantSocket(s.Path, s.Access); err != nil {
 		return nil, errors.Join(fmt.Errorf("giving the socket %s its mode and group: %w", s.Path, err), l.Close())
 	}
 	log.Info("serving SDS and the SPIFFE Workload API", "socket", s.Path, "mode", fmt.Sprintf("%#o", s.Access.Mode.Perm()))
 	return &listener{Listener: l, path: s.Path, log: log, limit: s.MaxConnections}, nil
+}
+
+// grantSocket gives a socket its mode and group. The folder may be somebody else's, who may have put a link in its place: none leads out of the folder.
+func grantSocket(path string, access atomicfile.Access) error {
+	folder, err := os.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer folder.Close()
+	if access.Group >= 0 {
+		if err := folder.Lchown(filepath.Base(path), -1, access.Group); err != nil {
+			return err
+		}
+	}
+	return folder.Chmod(filepath.Base(path), access.Mode)
 }
 
 // makeSocketFolder makes the folder of a socket, unless it is there: then it is as somebody has made it.
@@ -173,6 +185,19 @@ func makeSocketFolder(dir string, access atomicfile.Access) error {
 	if err := atomicfile.MakeFolder(dir); err != nil {
 		return err
 	}
+	if err := grantFolder(dir, access); err != nil {
+		return fmt.Errorf("giving the folder %s of a socket its mode and group: %w", dir, err)
+	}
+	return nil
+}
+
+// grantFolder lets those enter a folder that was just made who may use its socket.
+func grantFolder(dir string, access atomicfile.Access) error {
+	folder, err := os.OpenFile(dir, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0) // and no link that was put in its place
+	if err != nil {
+		return err
+	}
+	defer folder.Close()
 	mode := fs.FileMode(0o700)
 	if access.Mode&0o060 != 0 {
 		mode |= 0o050
@@ -181,14 +206,11 @@ func makeSocketFolder(dir string, access atomicfile.Access) error {
 		mode |= 0o005
 	}
 	if access.Group >= 0 {
-		err = os.Chown(dir, -1, access.Group)
-	} else {
-		err = nil
+		if err := folder.Chown(-1, access.Group); err != nil {
+			return err
+		}
 	}
-	if err = errors.Join(err, os.Chmod(dir, mode)); err != nil {
-		return fmt.Errorf("giving the folder %s of a socket its mode and group: %w", dir, err)
-	}
-	return nil
+	return folder.Chmod(mode)
 }
 
 // removeStale removes a socket at which nobody listens.

@@ -46,6 +46,37 @@ func TestASocketIsForThoseWhoMayUseIt(t *testing.T) {
 	}
 }
 
+// TestNothingButTheSocketIsOpenedToOthers: the folder may be the workload's user's, and a link in the place of the socket leads to what is not his.
+func TestNothingButTheSocketIsOpenedToOthers(t *testing.T) {
+	elsewhere := filepath.Join(t.TempDir(), "private")
+	write(t, elsewhere, "secret")
+	dir := t.TempDir()
+	access := atomicfile.Access{Mode: 0o666, Group: os.Getgid()}
+	if err := os.Symlink(elsewhere, filepath.Join(dir, "agent.sock")); err != nil {
+		t.Fatal(err)
+	}
+	if err := grantSocket(filepath.Join(dir, "agent.sock"), access); err == nil {
+		t.Error("a link that leads elsewhere is taken for the socket")
+	}
+	if info, err := os.Stat(elsewhere); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("others may use what is not theirs: %v (%v)", info.Mode(), err)
+	}
+	folder := filepath.Join(dir, "folder")
+	if err := os.Symlink(filepath.Dir(elsewhere), folder); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Stat(folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := grantFolder(folder, access); err == nil {
+		t.Error("what a link leads to is taken for the folder that was made")
+	}
+	if after, err := os.Stat(folder); err != nil || after.Mode() != before.Mode() {
+		t.Errorf("others may enter what is not theirs: %v (%v)", after.Mode(), err)
+	}
+}
+
 // TestASocketIsNotTakenFromWhoServesIt, nor is anything else that has its name; what a killed agent left is replaced.
 func TestASocketIsNotTakenFromWhoServesIt(t *testing.T) {
 	dir := t.TempDir()
