@@ -72,17 +72,30 @@ func fill(file *os.File, data []byte) error {
 
 // MakeFolder makes a folder, mode 0700, and those above it, unless they are there. Its name is on disk when it returns, also when it was there: whoever made it may
 // have been killed too soon, and a power cut takes with a name all that is below it.
-func MakeFolder(dir string) error {
+func MakeFolder(dir string) error { return makeFolder(dir, 0o700, 0o700) }
+
+// MakeFolderToPass is MakeFolder for a folder that others may get to, or its neighbours: the folders above it that are made let everybody pass, mode 0711.
+func MakeFolderToPass(dir string) error { return makeFolder(dir, 0o700, 0o711) }
+
+// makeFolder makes a folder of a mode, and those above it of another one.
+func makeFolder(dir string, mode, modeAbove fs.FileMode) error {
 	above := filepath.Dir(filepath.Clean(dir))
 	info, err := os.Stat(dir)
 	switch {
 	case err == nil && !info.IsDir():
 		return fmt.Errorf("making the folder %s: there is a file of that name: remove it, or name another folder", dir)
 	case errors.Is(err, fs.ErrNotExist):
-		if err := MakeFolder(above); err != nil {
+		if err := makeFolder(above, modeAbove, modeAbove); err != nil {
 			return err
 		}
-		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) { // somebody else may make it too
+		err := os.Mkdir(dir, 0o700)
+		if errors.Is(err, fs.ErrExist) { // somebody else may make it too
+			break
+		}
+		if err == nil && mode != 0o700 {
+			err = chmodFolder(dir, mode)
+		}
+		if err != nil {
 			return fmt.Errorf("making the folder %s: %w", dir, err)
 		}
 	case err != nil:
@@ -93,6 +106,15 @@ func MakeFolder(dir string) error {
 		return nil
 	}
 	return err
+}
+
+// chmodFolder gives a folder a mode, whatever the umask is, and not what a link in its place leads to.
+func chmodFolder(dir string, mode fs.FileMode) error {
+	folder, err := os.OpenFile(dir, syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Chmod(mode), folder.Close())
 }
 
 // SyncFolder returns once the names in a folder are on disk.

@@ -72,9 +72,39 @@ func (a Access) admit(dir *os.File) error {
 	return a.grant(dir, mode|a.folder())
 }
 
+// Blocked finds the folder on the way to dir, or dir itself, that those whom access admits may not enter, as far as modes say. "": there is none.
+func (a Access) Blocked(dir string) string {
+	everybody, group := a.Mode&0o006 != 0, a.Group
+	if !everybody && a.Mode&0o060 == 0 {
+		return "" // the process's own user
+	}
+	if group < 0 {
+		group = os.Getegid()
+	}
+	at, err := filepath.Abs(dir)
+	for err == nil {
+		var info unix.Stat_t
+		if unix.Stat(at, &info) != nil {
+			break
+		}
+		if info.Mode&0o001 == 0 && (everybody || info.Mode&0o010 == 0 || int(info.Gid) != group) {
+			return at
+		}
+		if at == filepath.Dir(at) {
+			break
+		}
+		at = filepath.Dir(at)
+	}
+	return ""
+}
+
 // WriteSetFor is WriteSet with files that others may read.
 func WriteSetFor(access Access, dir string, files map[string][]byte) (err error) {
-	if err := MakeFolder(dir); err != nil {
+	makeFolder := MakeFolder
+	if access != Private {
+		makeFolder = MakeFolderToPass
+	}
+	if err := makeFolder(dir); err != nil {
 		return err
 	}
 	defer func() {

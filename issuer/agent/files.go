@@ -36,6 +36,9 @@ func (i *identity) keepFiles(ctx context.Context) {
 				if order := i.orderOfSVID(now.SVID); order != svid {
 					svidRead, svid = time.After(i.w.Files.RereadAfter), order
 				}
+				if written.SVID == nil {
+					warnOfBlocked(i.log, i.w.Files.Access, i.w.Files.Dir, "the files")
+				}
 				written = *now
 			}
 			i.note("files", err)

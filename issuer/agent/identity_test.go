@@ -92,7 +92,7 @@ func TestAJumpIsNoticedSoon(t *testing.T) {
 		b := newBench(t, 24*time.Hour)
 		b.start(t)
 		pass(time.Minute)
-		b.jump(13 * time.Hour) // within one look
+		b.jump(14 * time.Hour) // within one look; half of the life, give or take a tenth of that, has passed
 		if n := len(b.ca.asked()); n != 2 {
 			t.Errorf("the CA was asked %d times", n)
 		}

@@ -154,8 +154,16 @@ func listen(s Socket, log *slog.Logger) (*listener, error) {
 	if err := grantSocket(s.Path, s.Access); err != nil {
 		return nil, errors.Join(fmt.Errorf("giving the socket %s its mode and group: %w", s.Path, err), l.Close())
 	}
+	warnOfBlocked(log, s.Access, dir, "the socket")
 	log.Info("serving SDS and the SPIFFE Workload API", "socket", s.Path, "mode", fmt.Sprintf("%#o", s.Access.Mode.Perm()))
 	return &listener{Listener: l, path: s.Path, log: log, limit: s.MaxConnections}, nil
+}
+
+// warnOfBlocked says that those who may use what is in dir do not get there.
+func warnOfBlocked(log *slog.Logger, access atomicfile.Access, dir, what string) {
+	if blocked := access.Blocked(dir); blocked != "" {
+		log.Warn(fmt.Sprintf("not all who may use %s may enter a folder on the way to it: let them pass, such as with 'chmod o+x %s'", what, blocked), "folder", dir)
+	}
 }
 
 // grantSocket gives a socket its mode and group. The folder may be somebody else's, who may have put a link in its place: none leads out of the folder.
@@ -182,7 +190,7 @@ func makeSocketFolder(dir string, access atomicfile.Access) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("looking at the folder %s of a socket: %w", dir, err)
 	}
-	if err := atomicfile.MakeFolder(dir); err != nil {
+	if err := atomicfile.MakeFolderToPass(dir); err != nil {
 		return err
 	}
 	if err := grantFolder(dir, access); err != nil {

@@ -46,6 +46,54 @@ func TestASocketIsForThoseWhoMayUseIt(t *testing.T) {
 	}
 }
 
+// TestThoseForWhomSocketsAndFilesAreGetToThem, through all the folders that were made; a folder that was there and is closed is said.
+func TestThoseForWhomSocketsAndFilesAreGetToThem(t *testing.T) {
+	under := inMemory(t)
+	if under == "" {
+		return
+	}
+	if err := os.Chmod(under, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	group := atomicfile.Access{Mode: 0o660, Group: os.Getgid()}
+	var said bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&said, nil))
+	if err := prepareState(filepath.Join(under, "kedge", "state")); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(filepath.Join(under, "kedge", "state")); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the state folder: %v (%v)", info.Mode(), err)
+	}
+	l, err := listen(Socket{Path: filepath.Join(under, "kedge", "web", "agent.sock"), Access: group, MaxConnections: 1}, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := atomicfile.WriteSetFor(atomicfile.Access{Mode: 0o644, Group: -1}, filepath.Join(under, "others", "batch", "svid"), map[string][]byte{"key.pem": nil}); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]fs.FileMode{"kedge": 0o711, "kedge/web": 0o750, "others": 0o711, "others/batch": 0o711, "others/batch/svid": 0o755} {
+		if info, err := os.Stat(filepath.Join(under, dir)); err != nil || info.Mode().Perm() != want {
+			t.Errorf("%s: %v, not %v (%v)", dir, info.Mode(), want, err)
+		}
+	}
+	if strings.Contains(said.String(), "WARN") {
+		t.Errorf("it is said that somebody does not get there: %s", said.String())
+	}
+	closed := filepath.Join(under, "kedge", "closed")
+	if err := os.Mkdir(closed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err = listen(Socket{Path: filepath.Join(closed, "agent.sock"), Access: group, MaxConnections: 1}, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if !strings.Contains(said.String(), "chmod o+x "+closed) {
+		t.Errorf("nobody gets to the socket, and what is said is: %s", said.String())
+	}
+}
+
 // TestNothingButTheSocketIsOpenedToOthers: the folder may be the workload's user's, and a link in the place of the socket leads to what is not his.
 func TestNothingButTheSocketIsOpenedToOthers(t *testing.T) {
 	elsewhere := filepath.Join(t.TempDir(), "private")

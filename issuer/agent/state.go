@@ -69,7 +69,7 @@ func prepareState(dir string) error {
 		return fmt.Errorf("the state folder %s is not in memory, and keys do not belong on a disk: name a folder on a tmpfs, such as one below /run or /dev/shm (in Kubernetes an emptyDir with the "+
 			"medium Memory), or leave the state out: then a restart has every SVID issued anew", dir)
 	}
-	if err := atomicfile.MakeFolder(dir); err != nil {
+	if err := atomicfile.MakeFolderToPass(dir); err != nil { // sockets may be beside it
 		return err
 	}
 	var info unix.Stat_t

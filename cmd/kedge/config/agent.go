@@ -51,7 +51,7 @@ type AgentWorkload struct {
 
 // AgentSocket is a unix socket.
 type AgentSocket struct {
-	// Required. Its path, of at most 107 octets. A missing folder is made: 0700, or so that those may enter who may use the socket. Whoever may use the socket has the
+	// Required. Its path, of at most 107 octets. A missing folder is made: 0700, or so that those may enter who may use the socket; those above it 0711. Whoever may use the socket has the
 	// workload's identity. A socket that nobody serves is replaced; one that somebody serves is refused.
 	Path string `yaml:"path" kind:"path"`
 	// Who may use it, in quotes: "0600" is the agent's user alone, "0660" its group too, "0666" everybody who gets to the folder.
