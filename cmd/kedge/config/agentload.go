@@ -110,6 +110,9 @@ func (a *Agent) Validate() error {
 			}
 		}
 		v.mode(path+".files.mode", w.Files.Mode)
+		if mode, err := ParseMode(w.Files.Mode); err == nil && mode&0o022 != 0 {
+			v.refuse(path+".files.mode", "%q lets others write the key and the roots that programs trust: they may read, as with \"0640\"", w.Files.Mode)
+		}
 		v.grace(path+".files.rereadAfter", w.Files.RereadAfter)
 	}
 	if len(v.problems) > 0 {
