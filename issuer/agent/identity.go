@@ -231,13 +231,13 @@ func (i *identity) renew(ctx context.Context) error {
 	}
 	taken := i.takeLocked(came.ID.TrustDomain(), came.Roots, came.BundlePEM, came.number, came.asked)
 	fits := taken || verifies(came.SVID, i.bundle.Roots)
-	svid, current := i.svid, i.bundle
+	renewal, current := i.svid.RenewAt, i.bundle
 	i.mu.Unlock()
 
 	if before != nil && before.ID != came.ID {
 		i.log.Warn("the CA gives this workload another identity than before", "before", before.ID.String(), "spiffe_id", came.ID.String())
 	}
-	i.log.Info("an SVID was issued", "spiffe_id", came.ID.String(), "serial", serialOf(came.Leaf()), "not_after", came.Leaf().NotAfter, "renewal", svid.RenewAt, "bundle", current.Sequence)
+	i.log.Info("an SVID was issued", "spiffe_id", came.ID.String(), "serial", serialOf(came.Leaf()), "not_after", came.Leaf().NotAfter, "renewal", renewal, "bundle", current.Sequence)
 	if !fits {
 		i.log.Error("the SVID does not verify under the trust bundle, which is newer than the one that it came with: what does 'kedge doctor' say at the CA?", "bundle", current.Sequence)
 	}
@@ -328,6 +328,9 @@ func (i *identity) askCA(ctx context.Context, with shown) (*answer, error) {
 	client.BundlesBySDS = true
 	asked := time.Now()
 	signed, err := client.Sign(ctx, csr, with.token, i.o.TTL)
+	if errors.Is(err, istio.ErrUntrusted) {
+		return nil, fmt.Errorf("%w. Does %s belong to this CA, and is the name among its csr.serverNames?", err, i.o.RootFile)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -161,7 +161,7 @@ func (i *identity) connect(svid *sds.SVID) (*istio.Client, error) {
 }
 
 // lasting is how long a stream has been there that the CA takes: it may have nothing to say, or take its time to refuse.
-const lasting = 30 * time.Second
+const lasting = 10 * time.Second
 
 // stream is one stream, until it ends. lasted says whether it was there for long: the next one need not be put off.
 func (i *identity) stream(ctx context.Context, client *istio.Client, svid *sds.SVID, has *acknowledged, holdBack time.Duration) (lasted bool, err error) {

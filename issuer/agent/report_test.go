@@ -400,7 +400,7 @@ func TestAServerThatDoesNotProveItselfGetsNothingAndGivesNothing(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "does not prove itself") || len(d.serial) > 0 {
 		t.Errorf("the stream ends with %v, opened were %v", err, d.serial)
 	}
-	if _, err := b.askCA(t.Context(), shown{token: "secret"}); err == nil || !isRefusal(err) {
+	if _, err := b.askCA(t.Context(), shown{token: "secret"}); err == nil || !isRefusal(err) || !strings.Contains(err.Error(), "Does "+b.o.RootFile+" belong to this CA") {
 		t.Errorf("a CSR ends with %v", err)
 	}
 }
