@@ -58,7 +58,7 @@ type identity struct {
 	bundle   *bundle
 	recalled *sds.SVID              // of an earlier run; nil: there was none
 	known    map[*sds.Bundle]uint64 // the latest bundles, by the order in which they were taken
-	follows  bool                   // the CA's server may also prove itself under the trust bundle: see serverRoots
+	follows  string                 // see serverRoots
 	sum      string                 // of the proof that brought the SVID, or one before it: it is not shown again
 	failure  error                  // of the latest call; nil: it was good, or there was none yet
 	denied   bool                   // the CA answered, and refused
@@ -145,11 +145,15 @@ func (i *identity) keep(ctx context.Context) {
 func (i *identity) inputs() string {
 	given, err := i.proof().read()
 	roots, rootsErr := pemfile.ReadCertificates(i.o.RootFile)
+	return fmt.Sprint(given.sum, err, sumOf(roots), rootsErr)
+}
+
+func sumOf(certificates []*x509.Certificate) string {
 	var all []byte
-	for _, root := range roots {
-		all = append(all, root.Raw...)
+	for _, c := range certificates {
+		all = append(all, c.Raw...)
 	}
-	return fmt.Sprint(given.sum, err, sum(all), rootsErr)
+	return sum(all)
 }
 
 // rest is how long there is nothing to do, if the clock does not jump.
@@ -374,19 +378,22 @@ func staysWrong(err error) bool {
 
 // serverRoots are those that the CA's server must prove itself under: the certificates of the file. When one of them is in the trust bundle, the file is the CA's own trust
 // bundle, as it was on some day: then the bundle of now counts, too, and a root that came since needs no new file on every machine. A file with roots of
-// another kind decides alone.
+// another kind decides alone. follows is the sum of the file that was the CA's own: it is for as long as nobody replaces it, whatever becomes of the trust bundle.
 func (i *identity) serverRoots() (*x509.CertPool, error) {
 	certificates, err := pemfile.ReadCertificates(i.o.RootFile)
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if err != nil && !(i.follows && i.bundle != nil) {
+	switch {
+	case err != nil && i.follows == "":
 		return nil, fmt.Errorf("reading the roots of the CA's server: %w", err)
+	case i.bundle == nil, err != nil: // it may be back soon
+	case slices.ContainsFunc(certificates, func(c *x509.Certificate) bool { return slices.ContainsFunc(i.bundle.Roots, c.Equal) }):
+		i.follows = sumOf(certificates)
+	case i.follows != sumOf(certificates):
+		i.follows = ""
 	}
-	if i.bundle != nil {
-		i.follows = i.follows || slices.ContainsFunc(certificates, func(c *x509.Certificate) bool { return slices.ContainsFunc(i.bundle.Roots, c.Equal) })
-		if i.follows {
-			certificates = append(certificates, i.bundle.Roots...)
-		}
+	if i.follows != "" && i.bundle != nil {
+		certificates = append(certificates, i.bundle.Roots...)
 	}
 	pool := x509.NewCertPool()
 	for _, c := range certificates {

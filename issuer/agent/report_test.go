@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -390,7 +391,6 @@ func TestAServerThatDoesNotProveItselfGetsNothingAndGivesNothing(t *testing.T) {
 	d := openDesk(t, b)
 	write(t, b.o.RootFile, another(t))
 	d.put(t, b.ca.bundle()+another(t))
-	b.follows = false
 	client, err := b.connect(b.handed())
 	if err != nil {
 		t.Fatal(err)
@@ -446,5 +446,15 @@ func TestTheServersRootsFollowTheTrustBundle(t *testing.T) {
 	b.mu.Unlock()
 	if !trusts(next) {
 		t.Error("the file is of before, and the root of now does not count")
+	}
+	if err := os.Remove(b.o.RootFile); err != nil {
+		t.Fatal(err)
+	}
+	if !trusts(next) {
+		t.Error("the file is away for a moment, and the root of now does not count")
+	}
+	write(t, b.o.RootFile, elsewhere.bundle())
+	if trusts(next) || !trusts(elsewhere) {
+		t.Error("there is a file with a root of another kind now, which does not decide alone")
 	}
 }

@@ -31,7 +31,7 @@ type kept struct {
 	RenewAt     time.Time `json:"renew_at"`
 	Arrived     bool      `json:"arrived"` // see held
 	Proof       string    `json:"proof"`   // SHA-256 of the proof that was shown
-	Follows     bool      `json:"follows"` // see serverRoots
+	Follows     string    `json:"follows"` // see serverRoots
 }
 
 // openState makes the state folder, and takes it for this agent, until the file is closed.
