@@ -103,6 +103,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	for n, i := range a.identities {
 		running.Go(func() { i.keep(ctx) })
 		running.Go(func() { i.report(ctx) })
+		running.Go(func() { a.doors[n].watch(ctx, i) })
 		if i.w.Files != nil {
 			running.Go(func() { i.keepFiles(ctx) })
 		}

@@ -102,6 +102,33 @@ func (d *door) servers() (all []func() error) {
 	return all
 }
 
+// watch notices sockets that somebody removes, until ctx ends.
+func (d *door) watch(ctx context.Context, i *identity) {
+	ticker := time.NewTicker(look)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			d.look(i)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// look notes of each socket whether it is still where it was made. Who cleans up a folder for temporary files may remove it, and the kernel tells the agent nothing.
+func (d *door) look(i *identity) {
+	for _, l := range d.listeners {
+		var gone error
+		if now, err := os.Lstat(l.path); err != nil || !os.SameFile(now, l.made) {
+			gone = fmt.Errorf("the socket %s was removed, so that nobody can connect any more: find out who does that, and start the agent again", l.path)
+		}
+		if i.note("socket "+l.path, gone) && gone != nil {
+			i.log.Error("a socket is gone", "error", gone)
+		}
+	}
+}
+
 func (d *door) close() {
 	d.end()
 	timer := time.AfterFunc(stopLimit, d.server.Stop)
@@ -154,9 +181,13 @@ func listen(s Socket, log *slog.Logger) (*listener, error) {
 	if err := grantSocket(s.Path, s.Access); err != nil {
 		return nil, errors.Join(fmt.Errorf("giving the socket %s its mode and group: %w", s.Path, err), l.Close())
 	}
+	made, err := os.Lstat(s.Path)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("looking at the socket %s: %w", s.Path, err), l.Close())
+	}
 	warnOfBlocked(log, s.Access, dir, "the socket")
 	log.Info("serving SDS and the SPIFFE Workload API", "socket", s.Path, "mode", fmt.Sprintf("%#o", s.Access.Mode.Perm()))
-	return &listener{Listener: l, path: s.Path, log: log, limit: s.MaxConnections}, nil
+	return &listener{Listener: l, path: s.Path, made: made, log: log, limit: s.MaxConnections}, nil
 }
 
 // warnOfBlocked says that those who may use what is in dir do not get there.
@@ -250,6 +281,7 @@ func removeStale(path string) error {
 type listener struct {
 	net.Listener
 	path  string
+	made  fs.FileInfo // what was at path then
 	log   *slog.Logger
 	limit int
 	open  atomic.Int64

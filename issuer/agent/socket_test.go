@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"kedge/ca/atomicfile"
 )
@@ -43,6 +44,38 @@ func TestASocketIsForThoseWhoMayUseIt(t *testing.T) {
 		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("the socket is still there: %v", err)
 		}
+	}
+}
+
+// TestASocketThatIsRemovedIsAProblem: those who have a connection keep it, and nobody else gets one.
+func TestASocketThatIsRemovedIsAProblem(t *testing.T) {
+	b := newBench(t, time.Hour)
+	socket := Socket{Path: filepath.Join(t.TempDir(), "s", "agent.sock"), Access: private, MaxConnections: 1}
+	d, err := openDoor(b.identity, []Socket{socket})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.close()
+	if d.look(b.identity); len(b.problems()) != 0 {
+		t.Errorf("the socket is there, and the problems are %v", b.problems())
+	}
+	if err := os.RemoveAll(filepath.Dir(socket.Path)); err != nil {
+		t.Fatal(err)
+	}
+	d.look(b.identity)
+	d.look(b.identity)
+	if all := b.problems(); len(all) != 1 || !strings.Contains(all[0].Err.Error(), "start the agent again") {
+		t.Errorf("the socket is gone, and the problems are %v", all)
+	}
+	if n := b.said("nobody can connect any more"); n != 1 {
+		t.Errorf("it is said %d times", n)
+	}
+	if err := os.Mkdir(filepath.Dir(socket.Path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	write(t, socket.Path, "another file")
+	if d.look(b.identity); len(b.problems()) != 1 {
+		t.Errorf("another file is there, and the problems are %v", b.problems())
 	}
 }
 
