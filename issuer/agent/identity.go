@@ -285,6 +285,9 @@ func (i *identity) obtain(ctx context.Context) (came *answer, with shown, err er
 			i.log.Warn("the CA does not take this proof, and another one is shown", "error", err)
 		}
 	}
+	if status.Code(err) == codes.Unauthenticated {
+		err = fmt.Errorf("%w. %s", err, i.proof().advice())
+	}
 	return came, with, err
 }
 

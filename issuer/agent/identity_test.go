@@ -165,6 +165,9 @@ func TestARefusalIsRepeatedSlowlyUntilSomethingElseIsGiven(t *testing.T) {
 			if lines := b.said("there is no good new SVID"); lines > n {
 				t.Errorf("%d calls made %d lines", n, lines)
 			}
+			if code == codes.Unauthenticated && b.said("put a new one of 'kedge token create' into "+b.token) == 0 {
+				t.Error("nothing says what to do")
+			}
 			source, _ := b.OpenWorkload(t.Context())
 			if code := status.Code(source.Missing()); code != codes.PermissionDenied {
 				t.Errorf("a workload is told %s", code)

@@ -38,6 +38,14 @@ func (p proof) place() string {
 	return kind + path
 }
 
+// advice is what to do when the CA does not know who is asking.
+func (p proof) advice() string {
+	if p.tokenFile == "" {
+		return fmt.Sprintf("The client certificate in %s may have expired: put a good one there, as 'kedge svid fetch' does", p.certificate)
+	}
+	return fmt.Sprintf("A join token serves once and for a short time: put a new one of 'kedge token create' into %s, which is read again by itself", p.tokenFile)
+}
+
 func (p proof) read() (shown, error) {
 	if p.tokenFile != "" {
 		if info, err := os.Stat(p.tokenFile); err == nil && !info.Mode().IsRegular() {
