@@ -17,11 +17,15 @@ import (
 	"testing/synctest"
 	"time"
 
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	envoy "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"kedge/issuer/istio"
 	"kedge/issuer/sds"
@@ -358,6 +362,31 @@ func TestABundleUnderWhichTheSVIDDoesNotVerifyHasItRenewed(t *testing.T) {
 	if !b.due(b.wall()) {
 		t.Error("the SVID is not due")
 	}
+}
+
+// TestTrustBundlesComeWhileAnSVIDIsRenewed: whatever one of them does to the time of the next renewal (of use with the race detector).
+func TestTrustBundlesComeWhileAnSVIDIsRenewed(t *testing.T) {
+	b := issuedBench(t)
+	var running sync.WaitGroup
+	running.Go(func() {
+		for range 200 {
+			if err := b.renew(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	other := another(t)
+	for n := range 2000 {
+		secret, err := anypb.New(&envoy.Secret{Type: &envoy.Secret_ValidationContext{ValidationContext: &envoy.CertificateValidationContext{
+			TrustedCa: &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: []byte([]string{other, b.ca.bundle()}[n%2])}}}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.hear(&discovery.DeltaDiscoveryResponse{Resources: []*discovery.Resource{{Name: sds.NameBundle, Version: "1", Resource: secret}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	running.Wait()
 }
 
 // TestACAWithoutSDSIsAsGood: bundles come with the SVIDs then.
