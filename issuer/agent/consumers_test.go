@@ -73,10 +73,12 @@ func TestConsumersThatComeAndGoTakeNoMemory(t *testing.T) {
 	})
 }
 
-// TestAStreamHoldsWhatItAcknowledged: not what it refused, and nothing as long as it asks for no trust bundle.
+// TestAStreamHoldsWhatItAcknowledged: not what it refused, and nothing as long as it asks for no trust bundle, or for another trust domain's.
 func TestAStreamHoldsWhatItAcknowledged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t, time.Hour)
+		early, _ := b.Open(t.Context())
+		early.Want(sds.Wants{Bundle: true}) // perhaps the own one's, which is not known yet
 		b.start(t)
 		pass(time.Minute)
 		m, _ := b.materials()
@@ -86,12 +88,17 @@ func TestAStreamHoldsWhatItAcknowledged(t *testing.T) {
 				t.Errorf("the oldest is %d, not %d", got, want)
 			}
 		}
+		oldest(0)
+		early.Close()
+		pass(time.Minute)
 		stream, _ := b.Open(t.Context())
 		stream.Want(sds.Wants{SVID: true})
 		oldest(1)
+		stream.Want(sds.Wants{SVID: true, Bundle: true})
+		oldest(1)
 		stream.Answered(sds.Answer{Names: []string{sds.NameSVID}, SVID: m.SVID})
 		oldest(1)
-		stream.Want(sds.Wants{SVID: true, Bundle: true})
+		stream.Want(sds.Wants{SVID: true, Bundle: true, Own: true})
 		oldest(0)
 		stream.Answered(sds.Answer{Names: []string{sds.NameBundle}, Bundle: m.Bundles[0], Reason: "it does"})
 		oldest(0)
@@ -102,7 +109,7 @@ func TestAStreamHoldsWhatItAcknowledged(t *testing.T) {
 		stream.Close()
 		late, _ := b.Open(t.Context())
 		late.Close()
-		late.Want(sds.Wants{Bundle: true}) // after its end
+		late.Want(sds.Wants{Bundle: true, Own: true}) // after its end
 		oldest(1)
 	})
 }

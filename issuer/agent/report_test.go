@@ -200,7 +200,7 @@ func TestTheCAHearsOfABundleOnceEveryConsumerHasIt(t *testing.T) {
 	b := issuedBench(t)
 	d := openDesk(t, b)
 	stream, _ := b.Open(t.Context())
-	stream.Want(sds.Wants{Bundle: true})
+	stream.Want(sds.Wants{Bundle: true, Own: true})
 	first, _ := b.materials()
 	b.reportAlong(t)
 	d.await(t, "a stream is opened with the SVID", func() bool { return d.serial[serialOf(b.svid.Leaf())] })
@@ -213,7 +213,7 @@ func TestTheCAHearsOfABundleOnceEveryConsumerHasIt(t *testing.T) {
 		t.Errorf("there are %+v", m)
 	}
 	late, _ := b.Open(t.Context())
-	late.Want(sds.Wants{Bundle: true})
+	late.Want(sds.Wants{Bundle: true, Own: true})
 	stream.Answered(sds.Answer{Bundle: m.Bundles[0]})
 	d.mu.Lock()
 	if !slices.Equal(d.took, []uint64{1}) {
@@ -236,7 +236,7 @@ func TestTheCAHearsOfANewSVIDOnceEveryConsumerHasIt(t *testing.T) {
 	b := issuedBench(t)
 	d := openDesk(t, b)
 	stream, _ := b.Open(t.Context())
-	stream.Want(sds.Wants{SVID: true, Bundle: true})
+	stream.Want(sds.Wants{SVID: true, Bundle: true, Own: true})
 	m, _ := b.materials()
 	b.reportAlong(t)
 	d.await(t, "a stream is opened with the first SVID, before anybody has it", func() bool { return d.serial[serialOf(m.SVID.Chain[0])] })
@@ -290,7 +290,7 @@ func TestAStreamOnWhichAConsumerIsWaitedForIsOpenedAnewBeforeTheCAEndsIt(t *test
 	b := issuedBench(t)
 	d := openDesk(t, b)
 	consumer, _ := b.Open(t.Context())
-	consumer.Want(sds.Wants{Bundle: true})
+	consumer.Want(sds.Wants{Bundle: true, Own: true})
 	var has acknowledged
 	client, err := b.connect(b.handed())
 	if err != nil {

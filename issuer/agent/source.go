@@ -41,9 +41,11 @@ func (s *source) String() string { return s.i.w.Name + ", " + s.peer.String() }
 func (s *source) Materials() (*sds.Materials, <-chan struct{}) { return s.i.materials() }
 
 func (s *source) Want(wants sds.Wants) {
+	m, _ := s.i.materials()
+	own := wants.Own || wants.Bundle && m.ID.IsZero() // which trust domain is the own one is not known yet
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if wants.Bundle && s.consumer == nil && !s.closed {
+	if own && s.consumer == nil && !s.closed {
 		s.consumer = s.i.consumers.enter()
 	}
 	if wants.SVID && s.holder == nil && !s.closed {

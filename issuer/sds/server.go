@@ -34,7 +34,7 @@ const (
 
 const (
 	// turn is how long a push takes part in the pacing. A client that does not answer by then holds up nobody any more.
-	turn = time.Second
+	turn = 250 * time.Millisecond
 	// fetchWait is how long a fetch waits for a secret that is still being made.
 	fetchWait = 10 * time.Second
 )

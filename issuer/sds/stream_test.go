@@ -491,10 +491,10 @@ func TestAChangeIsSentToAFewAtATimeAndTheSilentHoldUpNobody(t *testing.T) {
 		if n := len(came); n != 2 {
 			t.Fatalf("%d more were sent it after one answer", n)
 		}
-		<-time.After(time.Second) // the two that are silent hold up nobody longer than this
+		<-time.After(250 * time.Millisecond) // the two that are silent hold up nobody longer than this
 		synctest.Wait()
 		if n := len(came); n != 4 {
-			t.Fatalf("%d more were sent it after a second", n)
+			t.Fatalf("%d more were sent it after a quarter of a second", n)
 		}
 		<-time.After(2 * time.Minute)
 		synctest.Wait()
