@@ -23,6 +23,8 @@ const (
 	firstTypical = 100 * time.Microsecond
 	// longestTurn is as much of a turn as counts. One that takes longer is not dear: the machine stood still.
 	longestTurn = 20 * time.Millisecond
+	// outlier is how many times as long as others a turn counts at most. The dearest that a caller can cause takes some ten times as long as a good call.
+	outlier = 8
 	// dear is how long no turn takes of somebody who means well: to check a good call with a token takes a tenth of that.
 	dear = 500 * time.Microsecond
 )
@@ -245,10 +247,12 @@ func (t *turns) give(had turn, look bool) {
 	t.spent(had, took, look || took >= dear)
 }
 
-// spent gives a turn back that took so long.
+// spent gives a turn back that took so long. Of one that was interrupted it is not known how much others had meanwhile, and a peer that paid for all of it would wait for as long
+// as all others together need for as much.
 func (t *turns) spent(had turn, took time.Duration, look bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	took = min(took, outlier*t.typical)
 	if !look || t.waiting == 0 || !t.way.send(had.began.Add(took)) {
 		t.free++
 	}

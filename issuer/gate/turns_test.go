@@ -47,6 +47,7 @@ func queued(t *testing.T, turns *turns, ctx context.Context, peer netip.Prefix, 
 func busy(t *testing.T) (turns *turns, out chan served, had turn) {
 	t.Helper()
 	turns, out = newTurns(1, 10_000, 10_000), make(chan served)
+	turns.typical = time.Hour // as most turns take in these tests
 	had, err := turns.take(t.Context(), peerNamed("198.51.100.1"))
 	if err != nil {
 		t.Fatal(err)
@@ -244,7 +245,6 @@ func TestNewcomersKeepNobodyWaiting(t *testing.T) {
 func TestManyWhoAskForLittleDoNotWaitForAllTheOthers(t *testing.T) {
 	for _, many := range []struct{ greedy, each, modest, every int }{{64, 2, 1, 1000}, {64, 2, 100, 20}, {64, 2, 100, 4}, {64, 1, 1, 1000}, {64, 1, 100, 4}} {
 		turns, _, had := busy(t)
-		turns.typical = time.Hour                              // as it is known to be, when they come after a pause
 		came, waiting := map[*waiter]int{}, map[*waiter]bool{} // after so many greedy turns
 		ask := func(i int) *waiter {
 			w, err := turns.enqueue(netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i / 256), byte(i)}), 32))
@@ -315,6 +315,42 @@ func TestATurnInWhichTheMachineStoodStillIsNotDear(t *testing.T) {
 	if due, most := waiters[0].line.due, 3*longestTurn; due > most || turns.clock > most || turns.typical > longestTurn/4 {
 		t.Errorf("after an hour it is due at %s, the clock is at %s, and a turn typically takes %s", due, turns.clock, turns.typical)
 	}
+}
+
+// Nor does a peer whose turn was interrupted pay for what others had meanwhile.
+func TestATurnThatWasInterruptedIsNotPaidForInFull(t *testing.T) {
+	turns, out, had := busy(t)
+	const crowd, each = 64, 20
+	for i := range crowd * each {
+		queued(t, turns, t.Context(), peerNamed(fmt.Sprintf("192.0.2.%d", i%crowd)), out)
+	}
+	modest := peerNamed("203.0.113.1")
+	queued(t, turns, t.Context(), modest, out)
+	queued(t, turns, t.Context(), modest, out)
+	turns.give(had, false)
+	waited, asked := 0, false
+	var next served
+	for {
+		if next = <-out; next.peer == modest && asked {
+			break
+		}
+		took := time.Hour
+		if next.peer == modest {
+			asked, took = true, 1000*time.Hour
+		} else if asked {
+			waited++
+		}
+		turns.spent(next.turn, took, true)
+	}
+	if most := (outlier + 1) * (crowd + 1); waited > most {
+		t.Errorf("it waited for %d turns, and not for %d at most", waited, most)
+	}
+	for turns.length() > 0 {
+		turns.give(next.turn, false)
+		next = <-out
+	}
+	turns.give(next.turn, false)
+	settled(t, turns, crowd*each+3)
 }
 
 // Peers that are done with are forgotten also while others wait all the time.
