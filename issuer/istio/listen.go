@@ -22,7 +22,7 @@ import (
 const (
 	maxMessage = 256 << 10 // octets; a CSR has at most 16 KiB, and a larger one still gets a clear answer
 	maxHeaders = 32 << 10  // octets; a token has at most 16 KiB
-	maxStreams = 32        // calls at once on one connection: an istio-agent makes one, a ztunnel some, an Envoy one for each secret that it names
+	maxStreams = 16        // calls at once on one connection: an istio-agent makes one, a ztunnel some, an Envoy one for each secret. More would wait here under overload, for the collector to go through
 	window     = 64 << 10  // octets that a client may send ahead, on a stream and on a connection: the least that HTTP/2 allows, and never more
 
 	// readBuffer is what each connection keeps, in octets: enough for a request with its header.

@@ -570,11 +570,14 @@ func (d *door) counted(t *testing.T, name string) float64 {
 func TestATaintedSVIDThatCannotBeReplacedIsTriedAgainWithBackoff(t *testing.T) {
 	dir := t.TempDir()
 	inBubble(t, doorOptions{privateKeys: true, connections: lasting(), patience: time.Hour, dir: dir}, func(t *testing.T, d *door, w *wire) {
-		conn, ctx := w.dial(t, d), bearer(t.Context(), d.token(t))
-		for range 30 {
-			s := subscribe(t, ctx, conn, "", "default")
-			s.next()
-			s.ack()
+		ctx := bearer(t.Context(), d.token(t))
+		for range 2 {
+			conn := w.dial(t, d)
+			for range 15 { // a connection has no more than 16
+				s := subscribe(t, ctx, conn, "", "default")
+				s.next()
+				s.ack()
+			}
 		}
 		if err := os.Rename(filepath.Join(dir, "keys"), filepath.Join(dir, "away")); err != nil {
 			t.Fatal(err)
@@ -867,10 +870,10 @@ func TestAbuseOfSDSLeavesNothingBehind(t *testing.T) {
 
 	storm, end := context.WithCancel(ctx)
 	var conns []*grpc.ClientConn
-	for i := range 8 {
+	for i := range 16 {
 		conn := d.connect(t, nil)
 		conns = append(conns, conn)
-		for j := range 30 {
+		for j := range 15 { // a connection has no more than 16
 			stream := subscribe(t, storm, conn, "", "ROOTCA", "ALL", fmt.Sprintf("nobody-%d-%d", i, j))
 			if j%3 == 0 {
 				continue // never reads
