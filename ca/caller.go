@@ -13,7 +13,7 @@ const (
 	MethodKubernetes        = "kubernetes"
 	MethodOIDC              = "oidc"
 	MethodJoinToken         = "join-token"
-	MethodClientCertificate = "client-certificate"
+	MethodClientCertificate = ledger.MethodClientCertificate
 )
 
 // Caller is who a front door found to be asking. It is the only source of the identity in a certificate (I4).

@@ -172,8 +172,8 @@ type Proof struct {
 	Time    Time   `cbor:"4,keyasint" json:"time"`                        // when it was accepted
 }
 
-// methodClientCertificate is the method of a proof whose subject is the serial number of the certificate that was presented.
-const methodClientCertificate = "client-certificate"
+// MethodClientCertificate is the method of a proof whose subject is the serial number of the certificate that was presented.
+const MethodClientCertificate = "client-certificate"
 
 // Holder says who holds a certificate, so that its successor can be told from a stranger's.
 type Holder struct {
