@@ -206,7 +206,7 @@ func (s *server) open(ctx context.Context, counters *metrics.Metrics, registry *
 	desk := &reception.Desk{Callers: s.authn, Metrics: counters, Log: s.log, Gate: s.gate, Waiting: c.CSR.WaitTimeout.Std()}
 	door := &istio.Server{CA: s.ca, Desk: desk, Tracer: tracing.tracer, Timeout: c.CSR.CallTimeout.Std()}
 	callers := sds.NewCallers(sds.CallersOptions{Desk: desk, CA: s.ca, PrivateKeys: c.SDS.PrivateKeys, Timeout: c.CSR.CallTimeout.Std()})
-	counters.ExpectSDS(sds.Resources)
+	counters.ExpectSDS(sds.Kinds, sds.Resources)
 	envoys := sds.New(sds.Options{Opener: callers, Ending: streams, Logger: s.log, Metrics: counters})
 	s.grpc, s.health = istio.NewGRPCServer(door, s.serving.TLS(), istio.Connections{
 		MaxAge: c.CSR.MaxConnectionAge.Std(), MaxAgeGrace: c.CSR.MaxConnectionAgeGrace.Std(), MinPing: c.CSR.KeepaliveMinTime.Std(),

@@ -120,8 +120,11 @@ func (m *Metrics) Call(result string, d time.Duration) {
 	}
 }
 
-// ExpectSDS has what can be counted of SDS be there from the start; resources are the kinds of secrets.
-func (m *Metrics) ExpectSDS(resources []string) {
+// ExpectSDS has what can be counted of SDS be there from the start; kinds are those of streams, resources those of secrets.
+func (m *Metrics) ExpectSDS(kinds, resources []string) {
+	for _, kind := range kinds {
+		m.sdsStreams.WithLabelValues(kind)
+	}
 	for _, result := range []string{ResultOpened, ResultKeysOff} {
 		m.sdsOpened.WithLabelValues(result)
 	}

@@ -5,15 +5,15 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"kedge/ca"
 	"kedge/ca/ledger"
+	"kedge/ca/pemfile"
 	"kedge/issuer/reception"
 )
 
@@ -104,15 +104,11 @@ func (s *session) make(before *held) (h *held, err error) {
 	if err != nil {
 		return nil, err
 	}
-	svid := &SVID{ID: issued.ID, Key: key, NotBefore: issued.NotBefore, NotAfter: issued.NotAfter}
-	for _, text := range issued.Chain {
-		block, _ := pem.Decode([]byte(text))
-		one, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("parsing what was issued: %w", err)
-		}
-		svid.Chain = append(svid.Chain, one)
+	chain, err := pemfile.Certificates([]byte(strings.Join(issued.Chain, "")))
+	if err != nil {
+		return nil, fmt.Errorf("parsing what was issued: %w", err)
 	}
+	svid := &SVID{ID: issued.ID, Chain: chain, Key: key, NotBefore: issued.NotBefore, NotAfter: issued.NotAfter}
 	s.callers.Metrics.Issued(ca.DefaultProfile, caller.Proofs[0].Method, false)
 	s.logIssued(issued)
 	now := s.callers.ca.Now()

@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"strconv"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,11 +18,11 @@ const (
 
 // resource is what stands for a name at one moment.
 type resource struct {
-	id       string                           // of its content; "": there is none now, or never
-	bundle   *Bundle                          // of the own trust domain, with which it makes a client verify; nil: it does not
-	revision revision                         // of bundle
-	svid     *SVID                            // nil: it is none
-	render   func(delta bool) ([]byte, error) // its part of a response, marshalled
+	id     string                           // of its content; "": there is none now, or never
+	bundle *Bundle                          // of the own trust domain, with which it makes a client verify; nil: it does not
+	number Number                           // of bundle
+	svid   *SVID                            // nil: it is none
+	render func(delta bool) ([]byte, error) // its part of a response, marshalled
 }
 
 // find says what a name stands for now. A name that nobody knows, such as Istio's file-root: and file-cert:, stands for nothing.
@@ -90,54 +89,12 @@ func serialOf(svid *SVID) string {
 	return hex.EncodeToString(svid.Chain[0].SerialNumber.Bytes())
 }
 
-// revision names a bundle: the numbers of two of one incarnation can be compared.
-type revision struct {
-	incarnation string // digest of Bundle.Incarnation; "": none is named
-	sequence    uint64
-}
-
-func revisionOf(b *Bundle) revision { return revision{digest(b.Incarnation), b.Sequence} }
-
-// below says whether r is older than floor.
-func (r revision) below(floor revision) bool {
-	return r.incarnation == floor.incarnation && r.sequence < floor.sequence
-}
-
-// String is INCARNATION-SEQUENCE, or nothing.
-func (r revision) String() string {
-	if r.incarnation == "" {
-		return ""
-	}
-	return r.incarnation + "-" + strconv.FormatUint(r.sequence, 10)
-}
-
-func parseRevision(text string) revision {
-	incarnation, number, ok := strings.Cut(text, "-")
-	sequence, err := strconv.ParseUint(number, 10, 64)
-	if !ok || err != nil || len(incarnation) != len(digest("")) {
-		return revision{}
-	}
-	return revision{incarnation, sequence}
-}
-
-// revisionIn is the revision of the own trust domain's bundle in the id of a content.
-func revisionIn(id string) revision {
-	text, ok := strings.CutPrefix(id, "b-")
-	if !ok {
-		return revision{}
-	}
-	if parts := strings.Split(text, "-"); len(parts) > 2 {
-		text = parts[0] + "-" + parts[1]
-	}
-	return parseRevision(text)
-}
-
 // version is what a response of the state-of-the-world protocol makes of a stream: which names were answered, and with what.
 type version struct {
-	names   string   // digest of those that were answered
-	own     revision // of the own trust domain's bundle
-	bundles string   // digest of the revisions of all bundles
-	serial  string   // of the SVID
+	names   string // digest of those that were answered
+	own     Number // of the own trust domain's bundle
+	bundles string // digest of the numbers of all bundles
+	serial  string // of the SVID
 }
 
 func (v version) String() string {
@@ -150,7 +107,7 @@ func parseVersion(text string) (v version, ok bool) {
 	if len(parts) != 4 || len(text) > maxVersion {
 		return version{}, false
 	}
-	return version{names: parts[0], own: parseRevision(parts[1]), bundles: parts[2], serial: parts[3]}, true
+	return version{names: parts[0], own: parseNumber(parts[1]), bundles: parts[2], serial: parts[3]}, true
 }
 
 // digest is short: what it tells apart is a server's own.

@@ -24,7 +24,7 @@ const spiffeValidator = "envoy.tls.cert_validator.spiffe"
 // bundleSecrets are all that can be made of some bundles, made once. They never change.
 type bundleSecrets struct {
 	of     []*Bundle
-	digest string // of the revisions
+	digest string // of the numbers
 	byName map[string]resource
 }
 
@@ -43,19 +43,19 @@ func newBundleSecrets(bundles []*Bundle) *bundleSecrets {
 	if len(bundles) == 0 {
 		return b
 	}
-	var revisions []string
+	var numbers []string
 	for _, bundle := range bundles {
-		revisions = append(revisions, bundle.TrustDomain.Name(), revisionOf(bundle).String())
+		numbers = append(numbers, bundle.TrustDomain.Name(), NumberOf(bundle).String())
 	}
-	b.digest = digest(revisions...)
-	own, revision := bundles[0], revisionOf(bundles[0])
-	id := "b-" + revision.String()
+	b.digest = digest(numbers...)
+	own, number := bundles[0], NumberOf(bundles[0])
+	id := "b-" + number.String()
 	for _, bundle := range bundles[1:] {
-		b.add(bundle.TrustDomain.IDString(), resource{id: "o-" + revisionOf(bundle).String()}, spiffeContext(bundle))
+		b.add(bundle.TrustDomain.IDString(), resource{id: "o-" + NumberOf(bundle).String()}, spiffeContext(bundle))
 	}
-	b.add(own.TrustDomain.IDString(), resource{id: id, bundle: own, revision: revision}, spiffeContext(own))
-	b.add(NameBundle, resource{id: id, bundle: own, revision: revision}, &tls.CertificateValidationContext{TrustedCa: inline(own.PEM)})
-	b.add(NameAllBundles, resource{id: id + "-" + b.digest, bundle: own, revision: revision}, spiffeContext(bundles...))
+	b.add(own.TrustDomain.IDString(), resource{id: id, bundle: own, number: number}, spiffeContext(own))
+	b.add(NameBundle, resource{id: id, bundle: own, number: number}, &tls.CertificateValidationContext{TrustedCa: inline(own.PEM)})
+	b.add(NameAllBundles, resource{id: id + "-" + b.digest, bundle: own, number: number}, spiffeContext(bundles...))
 	return b
 }
 

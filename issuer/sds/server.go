@@ -57,6 +57,9 @@ type Metrics interface {
 }
 
 // The kinds of streams.
+// Kinds are the kinds of streams.
+var Kinds = []string{kindState, kindDelta}
+
 const (
 	kindState = "state-of-the-world"
 	kindDelta = "delta"
@@ -96,9 +99,6 @@ func New(o Options) *Server {
 	}
 	if s.metrics == nil {
 		s.metrics = noMetrics{}
-	}
-	for _, kind := range []string{kindState, kindDelta} {
-		s.metrics.SDSStream(kind, 0) // what can be counted is there from the start
 	}
 	return s
 }

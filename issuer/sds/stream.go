@@ -36,8 +36,8 @@ type stream struct {
 	begun   bool // the first request was looked at
 	subs    []*sub
 	wants   Wants
-	floor   revision // of the own trust domain's bundle: nothing older is sent
-	nonce   string   // of the last response
+	floor   Number // of the own trust domain's bundle: nothing older is sent
+	nonce   string // of the last response
 	open    *response
 	holding Holding // that was acknowledged last
 }
@@ -305,7 +305,7 @@ func (st *stream) recall(has map[string]string) (holds string) {
 			continue
 		}
 		one.held = id
-		if named := revisionIn(id); named.incarnation != "" && (st.floor.incarnation == "" || st.floor.below(named)) {
+		if named := NumberIn(id); named.Incarnation != "" && (st.floor.Incarnation == "" || st.floor.below(named)) {
 			st.floor = named
 		}
 		if serial, ok := strings.CutPrefix(id, "s-"); ok {
@@ -344,7 +344,7 @@ func (st *stream) due(materials *Materials) (due []item) {
 			if !one.told {
 				has = append(has, item{one, r})
 			}
-		case r.bundle != nil && r.revision.below(st.floor):
+		case r.bundle != nil && r.number.below(st.floor):
 		default:
 			due = append(due, item{one, r})
 		}
@@ -376,7 +376,7 @@ func (st *stream) send(wire grpc.ServerStream, materials *Materials, due []item,
 		}
 		body = append(body, part)
 		if one.bundle != nil {
-			st.floor = one.revision
+			st.floor = one.number
 		}
 		i++
 	}
