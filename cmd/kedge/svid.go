@@ -170,12 +170,7 @@ func (f *fetch) proof() (*tls.Certificate, error) {
 	if !f.renew {
 		return nil, nil
 	}
-	files, err := atomicfile.ReadSet(f.out, istio.ChainFile, istio.KeyFile)
-	if err != nil {
-		return nil, err
-	}
-	certificate, err := tls.X509KeyPair(files[istio.ChainFile], files[istio.KeyFile])
-	return &certificate, err
+	return istio.ReadClientCertificate(f.out)
 }
 
 // How the CA is asked again. A machine of many that start together does not know of the others, so the waits differ by chance.

@@ -82,6 +82,12 @@ type held struct {
 	renew    time.Duration // since then
 }
 
+// hold makes an SVID the first.
+func hold(svid *istio.SVID) *held {
+	leaf := svid.Leaf()
+	return &held{SVID: svid, handed: &sds.SVID{ID: svid.ID, Chain: svid.Certificates, Key: svid.Key, NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter}, order: 1}
+}
+
 // bundle is a trust bundle with its place in the order in which the agent took them.
 type bundle struct {
 	*sds.Bundle
@@ -224,8 +230,7 @@ func (i *identity) renew(ctx context.Context) error {
 	wall := i.wall()
 	before := i.svid
 	i.issued++
-	i.svid = &held{SVID: came.SVID, handed: &sds.SVID{ID: came.ID, Chain: came.Certificates, Key: came.Key, NotBefore: came.Leaf().NotBefore, NotAfter: came.Leaf().NotAfter}}
-	i.svid.order = 1
+	i.svid = hold(came.SVID)
 	if before != nil {
 		i.svid.order = before.order + 1
 	}

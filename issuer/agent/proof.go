@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
@@ -8,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"kedge/ca/atomicfile"
 	"kedge/issuer/istio"
 )
 
@@ -57,15 +57,11 @@ func (p proof) read() (shown, error) {
 		}
 		return shown{token: token, sum: sum([]byte(token))}, nil
 	}
-	files, err := atomicfile.ReadSet(p.certificate, istio.ChainFile, istio.KeyFile)
+	certificate, err := istio.ReadClientCertificate(p.certificate)
 	if err != nil {
 		return shown{}, fmt.Errorf("reading the client certificate: %w", err)
 	}
-	pair, err := tls.X509KeyPair(files[istio.ChainFile], files[istio.KeyFile])
-	if err != nil {
-		return shown{}, fmt.Errorf("reading the client certificate in %s: %w", p.certificate, err)
-	}
-	return shown{certificate: &pair, sum: sum(files[istio.ChainFile])}, nil
+	return shown{certificate: certificate, sum: sum(bytes.Join(certificate.Certificate, nil))}, nil
 }
 
 func sum(text []byte) string {

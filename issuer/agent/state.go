@@ -145,8 +145,8 @@ func (i *identity) recall() error {
 		order: 1, taken: time.Now()}
 	i.known[i.bundle.Bundle] = i.bundle.order
 	i.sum, i.follows = state.Proof, state.Follows
-	i.svid = &held{SVID: svid, handed: &sds.SVID{ID: svid.ID, Chain: svid.Certificates, Key: svid.Key, NotBefore: svid.Leaf().NotBefore, NotAfter: svid.Leaf().NotAfter},
-		order: 1, arrived: state.Arrived, RenewAt: state.RenewAt, received: time.Now()}
+	i.svid = hold(svid)
+	i.svid.arrived, i.svid.RenewAt, i.svid.received = state.Arrived, state.RenewAt, time.Now()
 	i.recalled, i.holders.begun = i.svid.handed, time.Now()
 	half := svid.Leaf().NotAfter.Sub(svid.Leaf().NotBefore) / 2
 	i.svid.renew = max(0, min(half, state.RenewAt.Sub(wall))) // the clock may have been set back

@@ -254,8 +254,8 @@ func (d *door) tls() *tls.Config {
 	return &tls.Config{RootCAs: d.roots, ServerName: "localhost", MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"}}
 }
 
-// api connects to the door, with a client certificate or without.
-func (d *door) api(t testing.TB, certificate *tls.Certificate) pb.IstioCertificateServiceClient {
+// connect makes a connection of its own, with a client certificate or without.
+func (d *door) connect(t testing.TB, certificate *tls.Certificate) *grpc.ClientConn {
 	t.Helper()
 	config := d.tls()
 	if certificate != nil {
@@ -266,7 +266,13 @@ func (d *door) api(t testing.TB, certificate *tls.Certificate) pb.IstioCertifica
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	return pb.NewIstioCertificateServiceClient(conn)
+	return conn
+}
+
+// api connects to the door, with a client certificate or without.
+func (d *door) api(t testing.TB, certificate *tls.Certificate) pb.IstioCertificateServiceClient {
+	t.Helper()
+	return pb.NewIstioCertificateServiceClient(d.connect(t, certificate))
 }
 
 var filterIssues = ledger.Filter{Types: []ledger.Type{ledger.TypeIssue}}

@@ -111,21 +111,6 @@ func (s *subscription) ends() error {
 	}
 }
 
-// connect makes a connection of its own.
-func (d *door) connect(t *testing.T, certificate *tls.Certificate) *grpc.ClientConn {
-	t.Helper()
-	config := d.tls()
-	if certificate != nil {
-		config.Certificates = []tls.Certificate{*certificate}
-	}
-	conn, err := grpc.NewClient(d.address, grpc.WithTransportCredentials(credentials.NewTLS(config)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return conn
-}
-
 // pair is the SVID in a secret, which is good under the CA's roots.
 func (d *door) pair(t *testing.T, one *envoytls.Secret) *x509.Certificate {
 	t.Helper()

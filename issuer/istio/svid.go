@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -16,6 +17,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"kedge/ca/atomicfile"
 )
 
 // SVID is an X.509-SVID as its holder has it: with the key that was made for it, and the trust bundle that came along.
@@ -95,4 +98,17 @@ const (
 // Files are the SVID's files, name to contents.
 func (s *SVID) Files() map[string][]byte {
 	return map[string][]byte{KeyFile: []byte(s.KeyPEM), ChainFile: []byte(s.ChainPEM), RootFile: []byte(s.BundlePEM)}
+}
+
+// ReadClientCertificate reads the SVID in a folder of Files, as a client shows it.
+func ReadClientCertificate(dir string) (*tls.Certificate, error) {
+	files, err := atomicfile.ReadSet(dir, ChainFile, KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	certificate, err := tls.X509KeyPair(files[ChainFile], files[KeyFile])
+	if err != nil {
+		return nil, fmt.Errorf("%s and %s in %s: %w", ChainFile, KeyFile, dir, err)
+	}
+	return &certificate, nil
 }
